@@ -1,0 +1,58 @@
+# Every target makes its own environment first, so each works as the first command in a clone.
+
+VENV ?= .venv
+# Tested versions first, then whatever "python3" is. Some commands of this name only exist to say
+# that no such version is installed, hence the trial run.
+CAN_MAKE_VENV = import ensurepip, ssl, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c '$(CAN_MAKE_VENV)' 2>/dev/null && echo $$p && break; done)
+ARGS ?=
+
+RUN = $(VENV)/bin/python -m
+READY = $(VENV)/.ready
+UNFINISHED = $(VENV)/.unfinished
+
+.PHONY: help demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## Print this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' Makefile | awk -F@ '{printf "%-16s%s\n", $$1, $$2}'
+	@echo
+	@echo "Options: ARGS=\"...\" goes to the demo or to pytest; PYTHON=python3.12 VENV=.venv312 makes"
+	@echo "and uses an environment of another Python (3.11 or newer)."
+
+demo: $(READY)  ## Train supervised and CSC on drawn street scenes and compare them (5 minutes)
+	$(VENV)/bin/python scripts/demo.py --workdir=runs/demo $(ARGS)
+
+test: $(READY)  ## Run the tests
+	$(RUN) pytest $(ARGS)
+
+lint: $(READY)  ## Check format, style and types
+	$(RUN) ruff format --check
+	$(RUN) ruff check
+	$(RUN) mypy
+
+format: $(READY)  ## Format the code and repair what can be repaired
+	$(RUN) ruff format
+	$(RUN) ruff check --fix
+
+clean:  ## Remove the environment and all caches; keeps runs/
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find csc_jax configs scripts tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# An environment whose installation was cut off is made anew: pip takes a package that it had
+# half unpacked for a whole one.
+$(READY): requirements.txt pyproject.toml
+	@if [ -e $(UNFINISHED) ] || ! $(RUN) pip --version >/dev/null 2>&1; then \
+		if ! "$(PYTHON)" -c '$(CAN_MAKE_VENV)' 2>/dev/null; then \
+			echo "No Python 3.11 or newer with its venv and ssl modules (found: $(or $(PYTHON),none))." \
+				"Install one or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+			exit 1; \
+		fi; \
+		echo "Making $(VENV) with $$("$(PYTHON)" --version)"; \
+		"$(PYTHON)" -m venv --clear $(VENV); \
+	fi
+	@rm -f $(READY) && touch $(UNFINISHED)
+	$(RUN) pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@mv $(UNFINISHED) $(READY)

@@ -1,0 +1,164 @@
+"""Checkpoints: the state, the data iterator and the resolved config, in one Orbax directory per step.
+
+Orbax writes into a temporary directory and renames it when complete, so a crash leaves nothing that
+a restart would take for a checkpoint.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from csc_jax.errors import UserError
+from csc_jax.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds."""
+
+    state: TrainState
+    iterator: dict[str, Any]  # Grain's get_state() before the next batch
+    run: dict[str, Any]  # config, class names and palette, as `train.describe` returns them
+
+
+class Checkpointer:
+    """Saves asynchronously; keeps the newest `keep` checkpoints and the best one by mIoU."""
+
+    def __init__(self, workdir: Path, keep: int = 2, *, read_only: bool = False):
+        directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = directory
+        policy = AnyPreservationPolicy(
+            [
+                LatestN(keep),
+                BestN(get_metric_fn=lambda metrics: metrics["miou"], n=1),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=None if read_only else policy,
+            best_fn=lambda metrics: metrics["miou"],
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+        )
+        if read_only and not directory.is_dir():
+            raise UserError(
+                f"{directory} does not exist: the work directory holds no checkpoint. Give the "
+                "--workdir of a training run."
+            )
+        try:
+            self._manager = ocp.CheckpointManager(directory, options=options)
+        except OSError as error:
+            raise UserError(
+                f"Checkpoints cannot be kept in {directory}: {error}. Choose a --workdir that can "
+                "be written to."
+            ) from error
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        iterator: dict[str, Any],
+        run: dict[str, Any],
+        miou: float | None,
+    ) -> None:
+        """Starts writing; returns once the arrays have left the device.
+
+        Args:
+          step: optimizer steps done.
+          state: the state after them.
+          iterator: `get_state()` of the data iterator, taken before the next batch is drawn.
+          run: what the run is, as JSON holds it (`train.describe`).
+          miou: of this very state, in [0, 1], by which the best one is kept; None where it was
+            not evaluated.
+        """
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            iterator=ocp.args.JsonSave(iterator),
+            run=ocp.args.JsonSave(run),
+        )
+        metrics = None if miou is None else {"miou": miou}
+        self._manager.save(step, args=arguments, metrics=metrics)
+
+    def restore(self, like: TrainState, which: str = "latest") -> Restored | None:
+        """Returns a checkpoint, or None where there is none yet.
+
+        Args:
+          like: a state of the shapes, dtypes and shardings to restore to; ShapeDtypeStructs do.
+          which: "latest", "best" or the number of a step.
+
+        Raises:
+          UserError: no such step, or the checkpoint holds arrays of other shapes.
+        """
+        step = self._step(which)
+        if step is None:
+            return None
+        self._check_shapes(step, like)
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like),
+            iterator=ocp.args.JsonRestore(),
+            run=ocp.args.JsonRestore(),
+        )
+        restored = self._manager.restore(step, args=arguments)
+        return Restored(restored["state"], restored["iterator"], restored["run"])
+
+    def describe(self, which: str = "latest") -> dict[str, Any]:
+        """Returns what the run says of itself in a checkpoint: config, class names, palette.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        step = self._step(which)
+        if step is None:
+            raise UserError(f"{self.directory} holds no complete checkpoint.")
+        arguments = ocp.args.Composite(run=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=arguments)["run"]
+
+    def close(self) -> None:
+        """Waits for writes under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _step(self, which: str) -> int | None:
+        if which == "latest":
+            return self._manager.latest_step()
+        if which == "best":
+            return self._manager.best_step()
+        steps = self._manager.all_steps()
+        if not which.isdigit() or int(which) not in steps:
+            raise UserError(
+                f"--checkpoint={which} is not in {self.directory}. It takes latest, best or one "
+                f"of the steps {', '.join(map(str, sorted(steps)))}."
+            )
+        return int(which)
+
+    def _check_shapes(self, step: int, like: TrainState) -> None:
+        """Raises UserError that names the first arrays in which checkpoint and `like` differ."""
+        saved = self._manager.item_metadata(step)["state"].tree
+        saved_shapes = _shapes(saved)
+        wanted_shapes = _shapes(ocp.utils.serialize_tree(like, keep_empty_nodes=False))
+        differences = [
+            f"{name}: {saved_shapes.get(name, 'absent')} in the checkpoint, "
+            f"{wanted_shapes.get(name, 'absent')} in this config"
+            for name in sorted(saved_shapes.keys() | wanted_shapes.keys())
+            if saved_shapes.get(name) != wanted_shapes.get(name)
+        ]
+        if differences:
+            more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise UserError(
+                f"The checkpoint {self.directory / str(step)} does not fit this config (another "
+                f"class count, model, method or bank?): {'; '.join(differences[:3])}{more}. Use "
+                "the config of that run or another --workdir."
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): tuple(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }

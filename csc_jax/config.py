@@ -1,0 +1,307 @@
+"""Every field of a run, with its unit and its source; a file in `configs/` changes the few it needs.
+
+`decisions.md N` is row N of the project's list of settled questions, `lineage` the family of
+public training codes that the paper builds on (U2PL, ContrastiveSeg, AEL).
+"""
+
+import json
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from csc_jax.errors import UserError
+
+
+def default_config() -> ConfigDict:
+    """Returns the full set of fields; values are those of a small run unless a source is named."""
+    c = ConfigDict()
+    c.seed = 0  # integer; labelled/unlabelled draw, initial weights, augmentation, sampling
+
+    c.data = ConfigDict()
+    c.data.name = "synthetic"  # synthetic | camvid | cityscapes | pascal_voc
+    c.data.root = ""  # folder the user downloaded; unused by synthetic
+    c.data.cache_dir = ""  # where ArrayRecord files go; "" = ~/.cache/csc_jax
+    c.data.labeled_fraction = "1/8"  # 1/2 | 1/4 | 1/8 | 1/16 | 1, share of the train split with labels
+    c.data.labeled_list = ""  # text file of ids, one a line; replaces the draw by seed
+    c.data.unlabeled_list = ""  # text file of ids; "" = all train images not labelled
+    c.data.image_size = (0, 0)  # (height, width) px every image is resized to first; (0, 0) = own size
+    c.data.crop_size = (64, 64)  # (height, width) px of a training crop
+    c.data.scale_range = (0.5, 2.0)  # random resize, ratio to the image (decisions.md 22)
+    c.data.flip = True  # random horizontal flip (decisions.md 22)
+    c.data.mean = (123.675, 116.28, 103.53)  # per RGB channel, 0..255 (lineage); also the padding
+    c.data.std = (58.395, 57.12, 57.375)  # per RGB channel, 0..255 (lineage)
+    c.data.threads = 2  # read and decode threads of the host pipeline
+    c.data.prefetch = 8  # elements buffered ahead per stream (Grain's own default is 500)
+    c.data.workers = 0  # worker processes of the host pipeline; 0 = threads only
+    c.data.synthetic = ConfigDict()  # only read when data.name is synthetic
+    c.data.synthetic.train = 192  # images
+    c.data.synthetic.val = 64  # images
+    c.data.synthetic.size = (64, 64)  # (height, width) px
+    c.data.synthetic.seed = 0  # of the scenes themselves; independent of the run's seed
+
+    c.batch = ConfigDict()
+    c.batch.labeled = 4  # images a step, all devices together
+    c.batch.unlabeled = 4  # images a step, all devices together
+    c.batch.eval = 8  # images a step in evaluation, all devices together
+
+    c.model = ConfigDict()
+    c.model.backbone = "resnet18"  # resnet18 | resnet34 | resnet50 | resnet101
+    c.model.stem = "deep"  # deep (three 3x3, lineage) | 7x7 (torchvision)
+    c.model.width = 64  # channels of the backbone's first stage
+    c.model.output_stride = 8  # 8 (lineage) | 16 | 32
+    c.model.multi_grid = (2, 2, 4)  # dilation multipliers of the last stage's blocks (lineage); () = off
+    c.model.aspp_rates = (12, 24, 36)  # dilations at output stride 8 (lineage)
+    c.model.decoder_width = 256  # channels of each ASPP branch and of both heads (lineage)
+    c.model.projection_dim = 256  # D, width of a pixel's contrastive feature (paper, Sec. III-B)
+    c.model.dropout = 0.1  # probability, ASPP and heads (lineage)
+    c.model.dtype = "float32"  # compute type: float32 | bfloat16; parameters stay float32
+
+    c.method = ConfigDict()
+    c.method.name = "csc"  # a file of csc_jax/methods: supervised | mean_teacher | csc
+    c.method.ema_decay = 0.99  # upper bound of the teacher's EMA decay (decisions.md 19)
+    c.method.supervised_only = 0  # steps on labels alone before the teacher starts (decisions.md 19)
+    c.method.supervised_only_epochs = 0.0  # the same in epochs; replaces the steps where > 0
+    c.method.lambda_u = 1.0  # weight of L_u (Eq. 1, decisions.md 17)
+    c.method.cutmix = 1.0  # probability of CutMix per unlabelled image (decisions.md 23)
+    c.method.color_jitter = 0.0  # probability of colour jitter, strong view (decisions.md 23)
+    c.method.grayscale = 0.0  # probability of grey-scale, strong view (decisions.md 23)
+    c.method.blur = 0.0  # probability of Gaussian blur, strong view (decisions.md 23)
+
+    c.method.pseudo_label = ConfigDict()  # mask M of Eq. 4a (decisions.md 13)
+    c.method.pseudo_label.mode = "confidence"  # adaptive | entropy | confidence
+    c.method.pseudo_label.threshold = 0.7  # teacher's top probability (adaptive, confidence)
+    c.method.pseudo_label.floor = 0.1  # lowest keep probability of a class (adaptive)
+    c.method.pseudo_label.gamma = 1.0  # exponent of the keep rate (adaptive)
+    c.method.pseudo_label.confidence_ema = 0.999  # decay of the class-wise confidence bank (adaptive)
+    c.method.pseudo_label.percentile = (80.0, 100.0)  # teacher entropy, first to last step (entropy)
+
+    c.contrast = ConfigDict()  # the paper's module, read by csc; Tables I to IV switch its parts
+    c.contrast.weight = 1.0  # lambda_c (Eq. 1, decisions.md 17)
+    c.contrast.start = 0  # step from which L_p or L_c counts (decisions.md 11)
+    c.contrast.memory_bank = True  # Tables I, II; False = L_p over the mini-batch (Eq. 5)
+    c.contrast.top_n = 1  # N of Eq. 6b (decisions.md 18); 0 = all positives
+    c.contrast.consistency = True  # Eq. 8 on the bank before each enqueue
+    c.contrast.consistency_gate = "strict"  # strict | range | off (decisions.md 4)
+    c.contrast.enqueue_gate = "range"  # strict | range | off (decisions.md 4)
+    c.contrast.margin = 1.0  # x of the range gate, in units of Separ (decisions.md 4)
+    c.contrast.class_mean = "per_image"  # per_image | pooled (decisions.md 6)
+    c.contrast.bank_source = "student"  # student | teacher (decisions.md 8)
+    c.contrast.bank_size = 2000  # S, features per class (decisions.md 2)
+    c.contrast.pixels_per_class = 10  # U_f, per class and image and update (decisions.md 1)
+    c.contrast.update_every = 1  # steps from one bank update to the next (decisions.md 1)
+    c.contrast.views_per_class = 50  # queries per class and image (decisions.md 14)
+    c.contrast.temperature = 0.1  # tau of Eq. 5b (decisions.md 12)
+    c.contrast.min_fill = 1  # bank entries per class before L_c starts (decisions.md 11)
+    c.contrast.absent_classes = ()  # class ids the data set lacks (decisions.md 11)
+
+    c.loss = ConfigDict()
+    c.loss.name = "cross_entropy"  # cross_entropy | ohem (decisions.md 21)
+    c.loss.ohem_threshold = 0.7  # probability of the true class below which a pixel is hard
+    c.loss.ohem_min_kept = 100_000  # pixels of a batch kept at least
+    c.loss.aux_weight = 0.0  # weight of the head on layer3; 0 = no such head (decisions.md 21)
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "sgd"  # sgd | adamw
+    c.optimizer.learning_rate = 1e-3  # at step 0, of the backbone
+    c.optimizer.head_multiplier = 1.0  # learning rate of everything but the backbone, as a ratio
+    c.optimizer.momentum = 0.9  # sgd only (decisions.md 24)
+    c.optimizer.weight_decay = 1e-4  # every parameter (decisions.md 24); adamw decouples it
+    c.optimizer.power = 0.9  # of the polynomial decay, per iteration (decisions.md 24)
+    c.optimizer.warmup = 0  # steps of linear warm-up from 0
+
+    c.train = ConfigDict()
+    c.train.steps = 0  # optimizer steps; 0 = take train.epochs instead
+    c.train.epochs = 0.0  # passes over the unlabelled list (decisions.md 20)
+    c.train.log_every = 10  # steps between progress lines and metric records
+    c.train.eval_every = 100  # steps between evaluations; 0 = only at the end
+    c.train.panels = 4  # val images drawn into W/plots at each evaluation
+    c.train.consistency_lag = 50  # T of Eq. 7, steps between the two feature maps of Cons
+
+    c.eval = ConfigDict()
+    c.eval.split = "val"  # split that is scored
+    c.eval.network = "teacher"  # teacher (decisions.md 19) | student
+    c.eval.mode = "whole"  # whole | sliding (decisions.md 25)
+    c.eval.window = (0, 0)  # (height, width) px of the sliding window; (0, 0) = data.crop_size
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 0  # steps between checkpoints; 0 = at each evaluation
+    c.checkpoint.keep = 2  # newest ones kept, besides the best by mIoU
+
+    c.parallel = ConfigDict()
+    c.parallel.devices = 0  # devices in the mesh; 0 = all that JAX sees
+
+    c.debug = ConfigDict()
+    c.debug.compilation_cache = True  # keep compiled programs in ~/.cache/csc_jax/xla between runs
+    c.wandb = False  # also log to Weights & Biases; needs the package wandb
+    return c
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "data.labeled_fraction": ("1/2", "1/4", "1/8", "1/16", "1"),
+    "model.output_stride": (8, 16, 32),
+    "model.dtype": ("float32", "bfloat16"),
+    "method.pseudo_label.mode": ("adaptive", "entropy", "confidence"),
+    "contrast.consistency_gate": ("strict", "range", "off"),
+    "contrast.enqueue_gate": ("strict", "range", "off"),
+    "contrast.class_mean": ("per_image", "pooled"),
+    "contrast.bank_source": ("student", "teacher"),
+    "loss.name": ("cross_entropy", "ohem"),
+    "optimizer.name": ("sgd", "adamw"),
+    "eval.network": ("teacher", "student"),
+    "eval.mode": ("whole", "sliding"),
+}
+
+# (lowest, highest) allowed value.
+_RANGES: dict[str, tuple[float, float]] = {
+    "data.threads": (1, math.inf),
+    "data.prefetch": (1, math.inf),
+    "data.workers": (0, math.inf),
+    "batch.labeled": (1, math.inf),
+    "batch.unlabeled": (1, math.inf),
+    "batch.eval": (1, math.inf),
+    "model.width": (1, math.inf),
+    "model.decoder_width": (1, math.inf),
+    "model.projection_dim": (1, math.inf),
+    "model.dropout": (0, 0.999),
+    "method.ema_decay": (0, 1),
+    "method.supervised_only": (0, math.inf),
+    "method.supervised_only_epochs": (0, math.inf),
+    "method.lambda_u": (0, math.inf),
+    "method.cutmix": (0, 1),
+    "method.color_jitter": (0, 1),
+    "method.grayscale": (0, 1),
+    "method.blur": (0, 1),
+    "method.pseudo_label.threshold": (0, 1),
+    "method.pseudo_label.floor": (0, 1),
+    "method.pseudo_label.gamma": (0, math.inf),
+    "method.pseudo_label.confidence_ema": (0, 1),
+    "contrast.weight": (0, math.inf),
+    "contrast.start": (0, math.inf),
+    "contrast.top_n": (0, math.inf),
+    "contrast.bank_size": (1, math.inf),
+    "contrast.pixels_per_class": (1, math.inf),
+    "contrast.update_every": (1, math.inf),
+    "contrast.views_per_class": (1, math.inf),
+    "contrast.temperature": (1e-6, math.inf),
+    "contrast.min_fill": (1, math.inf),
+    "loss.ohem_threshold": (0, 1),
+    "loss.ohem_min_kept": (1, math.inf),
+    "loss.aux_weight": (0, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.momentum": (0, 1),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.warmup": (0, math.inf),
+    "train.steps": (0, math.inf),
+    "train.epochs": (0, math.inf),
+    "train.log_every": (1, math.inf),
+    "train.eval_every": (0, math.inf),
+    "train.panels": (0, math.inf),
+    "train.consistency_lag": (1, math.inf),
+    "checkpoint.every": (0, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "parallel.devices": (0, math.inf),
+}
+
+# Fields that hold one number for each of a fixed set of axes.
+_LENGTHS = {
+    "data.image_size": 2,
+    "data.crop_size": 2,
+    "data.scale_range": 2,
+    "data.mean": 3,
+    "data.std": 3,
+    "data.synthetic.size": 2,
+    "method.pseudo_label.percentile": 2,
+    "eval.window": 2,
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field that can be checked without looking at data or devices.
+
+    Raises:
+      UserError: names the field, its value and what it takes.
+    """
+    fields = flatten(config)
+    for name, choices in _CHOICES.items():
+        if fields[name] not in choices:
+            raise UserError(
+                f"{name} is {fields[name]!r}; it takes one of {', '.join(map(repr, choices))}."
+            )
+    for name, (low, high) in _RANGES.items():
+        if not low <= fields[name] <= high:
+            bound = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+            raise UserError(f"{name} is {fields[name]}; it must be {bound}.")
+    for name, length in _LENGTHS.items():
+        if len(fields[name]) != length:
+            raise UserError(
+                f"{name} is {fields[name]}; it takes {length} numbers, as in "
+                f"--config.{name}={','.join(['1'] * length)}."
+            )
+    if bool(config.train.steps) == bool(config.train.epochs):
+        raise UserError(
+            f"train.steps is {config.train.steps} and train.epochs is {config.train.epochs:g}; "
+            "exactly one of them must be above 0."
+        )
+    if not 0 <= config.optimizer.warmup <= config.train.steps and config.train.steps:
+        raise UserError(
+            f"optimizer.warmup is {config.optimizer.warmup} steps, more than the "
+            f"{config.train.steps} of train.steps."
+        )
+
+
+def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
+    """Returns a copy in which every length is in steps (decisions.md 20).
+
+    Args:
+      config: a valid config.
+      steps_per_epoch: steps of one pass over the unlabelled list.
+    """
+    config = config.copy_and_resolve_references()
+    if config.train.epochs:
+        config.train.steps = max(1, round(config.train.epochs * steps_per_epoch))
+        config.train.epochs = 0.0
+    if config.method.supervised_only_epochs:
+        epochs = config.method.supervised_only_epochs
+        config.method.supervised_only = round(epochs * steps_per_epoch)
+        config.method.supervised_only_epochs = 0.0
+    config.train.eval_every = config.train.eval_every or config.train.steps
+    config.checkpoint.every = config.checkpoint.every or config.train.eval_every
+    if not any(config.eval.window):
+        config.eval.window = config.data.crop_size
+    return config
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Returns {"section.field": value} of all fields."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{name}.{field}": inner for field, inner in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def to_plain(config: ConfigDict) -> dict[str, Any]:
+    """Returns {"section.field": value} of what JSON can hold."""
+    return json.loads(json.dumps(flatten(config)))
+
+
+def from_plain(values: dict[str, Any]) -> ConfigDict:
+    """Returns the config that `to_plain` was given; fields it lacks keep their defaults.
+
+    Raises:
+      UserError: it holds a field that this version does not know.
+    """
+    config = default_config()
+    unknown = sorted(values.keys() - flatten(config).keys())
+    if unknown:
+        raise UserError(
+            f"The stored config has the field {unknown[0]!r}, which this version of csc_jax does "
+            "not know; use the version that wrote it, or pass --config=FILE."
+        )
+    config.update_from_flattened_dict(
+        {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    )
+    return config

@@ -1,0 +1,54 @@
+"""The paper's two measures: Separ of the bank (Eq. 9) and Cons of an image's features (Eq. 7)."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from csc_jax.contrast.bank import MemoryBank
+from csc_jax.contrast.normalize import normalize
+
+
+def class_means(bank: MemoryBank) -> Array:
+    """Returns (C, D) float32, the normalised mean entry of each class (Eq. 9b); zero when empty."""
+    total = jnp.sum(jnp.where(bank.occupied[..., None], bank.features, 0.0), axis=1)
+    count = jnp.maximum(bank.count, 1).astype(jnp.float32)
+    return normalize(total / count[:, None])
+
+
+def separation(bank: MemoryBank) -> Array:
+    """Returns Separ (Eq. 9a), () float32 in [0, 2 C^2 - C]; smaller means better separated.
+
+    The sum runs over all pairs of the Gram matrix, the diagonal included, and V = C(C-1)
+    (decisions.md 3).
+    """
+    means = class_means(bank)
+    # Sum of a Gram matrix = squared length of the sum of its vectors: C x D work, not C x C x D.
+    total = jnp.sum(means, axis=0)
+    num_classes = means.shape[0]
+    return jnp.sum(total * total) + num_classes * (num_classes - 1)
+
+
+def consistency(now: Array, then: Array, mask: Array | None = None) -> Array:
+    """Returns Cons (Eq. 7): mean cosine similarity of two feature maps, pixel by pixel.
+
+    Args:
+      now: (..., D), an image's features.
+      then: (..., D), the same image's features T steps earlier.
+      mask: (...) bool, which pixels count; all by default.
+
+    Returns:
+      () float32 in [-1, 1], higher is more consistent (decisions.md 15); 0 where no pixel counts.
+    """
+    if now.shape != then.shape:
+        raise ValueError(f"feature maps must be of one shape, got {now.shape} and {then.shape}")
+    cosine = jnp.sum(normalize(now) * normalize(then), axis=-1)
+    weight = jnp.ones(cosine.shape) if mask is None else mask.astype(jnp.float32)
+    return jnp.sum(cosine * weight) / jnp.maximum(jnp.sum(weight), 1.0)
+
+
+def class_separation(bank: MemoryBank) -> Array:
+    """Returns (C,) float32: each class's mean cosine similarity to the other classes' means (Fig. 4)."""
+    means = class_means(bank)
+    gram = jnp.matmul(means, means.T, precision=jax.lax.Precision.HIGHEST)
+    others = jnp.sum(gram, axis=1) - jnp.diagonal(gram)
+    return others / max(means.shape[0] - 1, 1)

@@ -1,0 +1,129 @@
+"""Which train images are labelled: drawn by seed, or as published lists say."""
+
+import fractions
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from csc_jax.data.source import Dataset
+from csc_jax.errors import UserError
+
+
+class Partition(NamedTuple):
+    """Ids of the train split, labelled and unlabelled."""
+
+    labeled: tuple[str, ...]
+    unlabeled: tuple[str, ...]
+
+
+def partition(config: ConfigDict, dataset: Dataset, seed: int) -> Partition:
+    """Splits the train ids.
+
+    Args:
+      config: the `data` part of the configuration. `labeled_list` (one id a line) decides where
+        it is given, else `labeled_fraction` of the images is drawn from `seed`.
+
+    Raises:
+      UserError: for a list with an unknown or repeated id, lists that overlap, a fraction outside
+        (0, 1], or a partition that leaves nothing unlabelled.
+    """
+    ids = dataset.sources["train"].ids
+    if config.labeled_list:
+        return _from_lists(config, ids)
+    if config.unlabeled_list:
+        raise UserError(
+            f"data.unlabeled_list is {config.unlabeled_list!r} but data.labeled_list is empty; "
+            "give both lists, or the labelled one alone."
+        )
+    return _draw(_fraction(config.labeled_fraction), ids, seed)
+
+
+def write_partition(lists: Partition, workdir: Path) -> None:
+    """Writes splits/labeled.txt and splits/unlabeled.txt, one id a line, into `workdir`."""
+    folder = Path(workdir) / "splits"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, ids in lists._asdict().items():
+        (folder / f"{name}.txt").write_text("".join(f"{i}\n" for i in ids), encoding="utf-8")
+
+
+def _draw(fraction: fractions.Fraction, ids: Sequence[str], seed: int) -> Partition:
+    if fraction == 1:
+        # Full supervision: the second stream still needs images, and takes them all.
+        return Partition(tuple(ids), tuple(ids))
+    # Rounded up: gives the published counts of both benchmarks (decisions.md, partitions).
+    count = math.ceil(len(ids) * fraction)
+    chosen = set(np.random.default_rng(seed).permutation(len(ids))[:count].tolist())
+    labeled = tuple(name for i, name in enumerate(ids) if i in chosen)
+    unlabeled = tuple(name for i, name in enumerate(ids) if i not in chosen)
+    if not unlabeled:
+        raise UserError(
+            f"data.labeled_fraction = {fraction} of {len(ids)} train images leaves none "
+            "unlabelled; use a smaller fraction or more images."
+        )
+    return Partition(labeled, unlabeled)
+
+
+def _fraction(text: str) -> fractions.Fraction:
+    try:
+        value = fractions.Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = fractions.Fraction(0)
+    if not 0 < value <= 1:
+        raise UserError(
+            f"data.labeled_fraction is {text!r}; it must be a share of the train split above 0 "
+            "and at most 1, such as 1/8."
+        )
+    return value
+
+
+def _from_lists(config: ConfigDict, ids: Sequence[str]) -> Partition:
+    known = set(ids)
+    labeled = _read_list("data.labeled_list", config.labeled_list, known)
+    if config.unlabeled_list:
+        unlabeled = _read_list("data.unlabeled_list", config.unlabeled_list, known)
+        overlap = set(labeled) & set(unlabeled)
+        if overlap:
+            raise UserError(
+                f"data.labeled_list {config.labeled_list} and data.unlabeled_list "
+                f"{config.unlabeled_list} share {_some(overlap)}; an image may be in one of them."
+            )
+    else:
+        unlabeled = tuple(name for name in ids if name not in set(labeled))
+        if not unlabeled:
+            raise UserError(
+                f"data.labeled_list {config.labeled_list} names every train image and leaves none "
+                'unlabelled; for full supervision use data.labeled_fraction = "1" instead.'
+            )
+    return Partition(labeled, unlabeled)
+
+
+def _read_list(field: str, path: str, known: Collection[str]) -> tuple[str, ...]:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{field} {path} cannot be read as a text file: {error}.") from error
+    listed = [line.strip() for line in text.splitlines() if line.strip()]
+    if not listed:
+        raise UserError(f"{field} {path} holds no id; write one id of the train split a line.")
+    unknown = [name for name in listed if name not in known]
+    if unknown:
+        raise UserError(
+            f"{field} {path} names {_some(unknown)}, not in the train split; its ids look like "
+            f"{min(known)}."
+        )
+    repeated = [name for name, times in Counter(listed).items() if times > 1]
+    if repeated:
+        raise UserError(f"{field} {path} names {_some(repeated)} more than once.")
+    return tuple(listed)
+
+
+def _some(names: Iterable[str]) -> str:
+    """Names the first few and counts the rest."""
+    names = sorted(set(names))
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest

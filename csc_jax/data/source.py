@@ -1,0 +1,59 @@
+"""Prepared data sets: random access to decoded images and labels."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from csc_jax.data import codec
+from csc_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """One split, read record by record from ArrayRecord files; can be pickled.
+
+    Attributes:
+      ids: one per image, in the order of the data set.
+      max_size: (height, width) px, each the largest of any image of the split.
+      records: encoded `image` and `label` bytes of each id.
+    """
+
+    ids: tuple[str, ...]
+    max_size: tuple[int, int]
+    records: Sequence[Mapping[str, bytes]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns {"id": str, "image": (H, W, 3) uint8 RGB, "label": (H, W) uint8}."""
+        record = self.records[index]
+        image, label = codec.decode_image(record["image"]), codec.decode_label(record["label"])
+        return {"id": self.ids[index], "image": image, "label": label}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A prepared data set.
+
+    Attributes:
+      class_names: C names; the index is the class id.
+      palette: (C, 3) uint8 RGB, for drawing.
+      sources: by split, "train" and "val" at least.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    palette: np.ndarray
+    sources: Mapping[str, Source]
+
+    def source(self, split: str) -> Source:
+        """Returns the split, or a UserError that names those there are."""
+        if split not in self.sources:
+            raise UserError(
+                f"The data set {self.name} has no split {split!r}; it has "
+                f"{', '.join(self.sources)} (config field eval.split)."
+            )
+        return self.sources[split]

@@ -1,0 +1,95 @@
+"""What training, evaluation and prediction are assembled from, checked before anything compiles."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from csc_jax import config as config_lib
+from csc_jax import data, evaluation, methods, models, sharding
+from csc_jax.optimizer import combine
+from csc_jax.state import Network, TrainState
+from csc_jax.train_step import compile_init
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A method on a network on a mesh, ready to be initialised or restored."""
+
+    config: ConfigDict  # resolved: every length in steps
+    class_names: tuple[str, ...]
+    palette: np.ndarray  # (C, 3) uint8 RGB
+    mesh: Mesh
+    method: methods.Method
+    tx: optax.GradientTransformation
+    predict: Callable[[Any, np.ndarray], jax.Array]  # see evaluation.make_predictor
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    def compile_init(self) -> Callable[[], TrainState]:
+        """Returns the jitted function that makes the state before step 0."""
+        return compile_init(self.method, self.tx, self.mesh)
+
+    def abstract_state(self) -> TrainState:
+        """Returns the state's shapes and shardings, to restore a checkpoint into."""
+        replicated = sharding.replicated(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+            jax.eval_shape(self.compile_init()),
+        )
+
+    def evaluate(self, network: Network, source: data.Source) -> evaluation.Scores:
+        """Scores a network on a split in the way that `config.eval` says."""
+        batches = data.eval_batches(source, self.config.batch.eval)
+        return evaluation.evaluate(self.predict, network.variables, batches, self.num_classes)
+
+
+def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray) -> Experiment:
+    """Assembles an experiment; touches the accelerator only to count its devices.
+
+    Args:
+      config: valid and resolved.
+      class_names: of the data set.
+      palette: (C, 3) uint8 RGB, for drawing.
+
+    Raises:
+      UserError: a field that does not fit the data set, the devices or another field.
+    """
+    num_classes = len(class_names)
+    model = models.build(config.model, num_classes, aux_head=config.loss.aux_weight > 0)
+    task = methods.Task(config, model, num_classes, config.train.steps)
+    method = methods.build(task)
+    mesh = sharding.make_mesh(config.parallel.devices)
+    sharding.check_batch_sizes(config, mesh)
+
+    def logits(variables: dict[str, Any], images: jax.Array) -> jax.Array:
+        # Without projection head (decisions.md 16); unused parameters are dropped by `jit`.
+        return model.apply(variables, task.normalize(images), train=False, projection=False).logits
+
+    predict = evaluation.make_predictor(
+        logits,
+        num_classes=num_classes,
+        mode=config.eval.mode,
+        window=tuple(config.eval.window),
+        mesh=mesh,
+    )
+    tx = combine(method.optimizers())
+    return Experiment(config, tuple(class_names), palette, mesh, method, tx, predict)
+
+
+def load_data(config: ConfigDict) -> data.Dataset:
+    """Checks the config and loads, or first prepares, its data set.
+
+    Raises:
+      UserError: a field out of range, or anything wrong with the user's files.
+    """
+    config_lib.validate(config)
+    return data.load(config.data)

@@ -1,0 +1,157 @@
+"""Command line: train, evaluate or predict.
+
+    python -m csc_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
+    python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
+    python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
+"""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from csc_jax import config as config_lib
+from csc_jax import stored_config
+from csc_jax.errors import UserError
+from csc_jax.predict import predict_folder
+from csc_jax.score import load, score
+from csc_jax.train import train
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "A file of configs/; any field is overridden by --config.section.field=value. Without it, "
+    "evaluate and predict take the config of the run in --workdir.",
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, plots.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "predict"], "What to do.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "latest", "evaluate, predict: latest, best (by mIoU on the val split) or a step."
+)
+_IMAGES = flags.DEFINE_string("images", None, "predict: an image or a folder of images.")
+_OUT = flags.DEFINE_string("out", None, "predict: folder for overlays and index PNGs.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit status: 0, or 2 for bad input."""
+    log_to_terminal()
+    try:
+        _parse(argv)
+        _run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def log_to_terminal() -> None:
+    """Prints the package's messages, and only those, on standard output."""
+    log = logging.getLogger("csc_jax")
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler(sys.stdout))
+    log.setLevel(logging.INFO)
+    log.propagate = False  # absl has put a handler of its own on the root
+
+
+def run() -> None:
+    """Entry point of the `csc-jax` command."""
+    sys.exit(main(sys.argv))
+
+
+def _run() -> None:
+    config, workdir = _CONFIG.value, Path(_required(_WORKDIR, "the folder of the run"))
+    if config.debug.compilation_cache:
+        use_compilation_cache()
+    if _MODE.value == "train":
+        train(config, workdir)
+    elif _MODE.value == "evaluate":
+        score(config, workdir, _CHECKPOINT.value)
+    else:
+        images = Path(_required(_IMAGES, "an image or a folder of images"))
+        out = Path(_required(_OUT, "the folder to write to"))
+        experiment, network, _ = load(config, workdir, _CHECKPOINT.value)
+        predict_folder(
+            experiment.predict,
+            network.variables,
+            images,
+            out,
+            palette=experiment.palette,
+            image_size=tuple(config.data.image_size),
+            devices=experiment.mesh.size,
+        )
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, unless the environment names another place."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "csc_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _required(flag: flags.FlagHolder, what: str) -> str:
+    if not flag.value:
+        raise UserError(f"--{flag.name} is missing: give {what}.")
+    return flag.value
+
+
+def _parse(argv: Sequence[str]) -> None:
+    """Parses flags; raises UserError with near misses for what is unknown or of the wrong type."""
+    known = config_lib.flatten(config_lib.default_config())
+    for argument in argv[1:]:
+        name, _, value = argument.lstrip("-").partition("=")
+        if not name.startswith("config."):
+            continue
+        field = name.removeprefix("config.").removeprefix("no")
+        if field not in known and name.removeprefix("config.") not in known:
+            raise UserError(_unknown_field(name.removeprefix("config."), known))
+    arguments = list(argv)
+    if not any(a.lstrip("-").partition("=")[0] == "config" for a in argv):
+        arguments.insert(1, f"--config={_stored_config(argv)}")
+    try:
+        rest = flags.FLAGS(arguments)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"{error}. --help lists the flags.") from error
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    except FileNotFoundError as error:
+        raise UserError(f"--config: {error.filename or error} does not exist.") from error
+    except TypeError as error:
+        raise UserError(f"A value on the command line has the wrong type: {error}") from error
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is no flag; fields are set as --config.section.field=value.")
+
+
+def _stored_config(argv: Sequence[str]) -> str:
+    """Returns the config file that stands in for a missing --config."""
+    given = dict(a.lstrip("-").partition("=")[::2] for a in argv[1:])
+    if given.get("mode", "train") == "train":
+        raise UserError(
+            "--config is missing: give a file of configs/, such as --config=configs/synthetic.py."
+        )
+    if not given.get("workdir"):
+        raise UserError("--workdir is missing: give the folder of the run, as --workdir=DIR.")
+    return f"{Path(stored_config.__file__)}:{given['workdir']}"
+
+
+def _unknown_field(field: str, known: dict[str, object]) -> str:
+    sections = {name.rpartition(".")[0] for name in known}
+    if field in sections:
+        inside = ", ".join(name for name in known if name.startswith(field + "."))
+        return f"--config.{field} is a section, not a field; it holds {inside}."
+    # A field is found by its own name even where the section is wrong or missing.
+    last = field.rpartition(".")[2]
+    near = difflib.get_close_matches(field, known, n=3, cutoff=0.75)
+    near += [name for name in known if name.rpartition(".")[2] == last and name not in near]
+    hint = f" Did you mean {' or '.join('--config.' + name for name in near[:3])}?" if near else ""
+    return f"--config.{field} is not a field of the config.{hint} csc_jax/config.py lists them all."
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,182 @@
+"""What a method provides to the train step, and what it is given.
+
+The step knows none of the methods. Each step calls, inside one jitted function,
+
+    loss, outputs = method.loss(params, state, batch, key)     differentiated by `params`
+    …one optimizer step on every trained network…
+    state, metrics = method.update(state, outputs, key)        EMA, memory bank, queues
+
+so a method may train several networks (`companions`), give each an optimizer of its own
+(`optimizers`) and keep arrays of its own (`method_state`).
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+from ml_collections import ConfigDict
+
+from csc_jax import losses
+from csc_jax.augment import normalize_images
+from csc_jax.contrast import MemoryBank
+from csc_jax.models import Outputs, initialize, resize_aligned
+from csc_jax.optimizer import make_optimizer
+from csc_jax.state import Network, TrainState
+
+Batch = dict[str, dict[str, Array]]
+
+
+@struct.dataclass
+class Pixels:
+    """What a contrastive module on top of a method needs, at stride 4; labelled images first."""
+
+    features: Array  # (B, h, w, D) float32, the student's projection, not normalised
+    bank_features: Array  # (B, h, w, D) float32, without gradient; what may enter the bank
+    labels: Array  # (B, h, w) int32, ground truth or pseudo-label, 255 = neither
+    predictions: Array  # (B, h, w) int32, the student's
+
+
+@struct.dataclass
+class LossOutputs:
+    """What a loss hands on beside its value."""
+
+    batch_stats: dict[str, Any]  # new BatchNorm statistics of every trained network, by name
+    metrics: dict[str, Array]  # () float32 each
+    pixels: Pixels | None = None  # present where the method was built with `with_pixels`
+    carry: Any = None  # what `update` needs; the method's own business
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What every method is built from; static, no arrays."""
+
+    config: ConfigDict
+    model: nn.Module  # DeepLabV3Plus
+    num_classes: int
+    total_steps: int
+
+    def init_network(self, key: Array, *, projection: bool) -> Network:
+        """Returns a freshly initialised network; `projection` says whether it has that head."""
+        variables = initialize(self.model, key, projection=projection)
+        return Network(variables["params"], variables["batch_stats"])
+
+    def normalize(self, images: Array) -> Array:
+        """Maps RGB images (B, H, W, 3) on 0..255 to what the network takes, float32."""
+        return normalize_images(images, self.config.data.mean, self.config.data.std)
+
+    def train_forward(
+        self, params: Any, batch_stats: Any, images: Array, key: Array, *, projection: bool
+    ) -> tuple[Outputs, Any]:
+        """Runs a network in training mode on images (B, H, W, 3) on 0..255.
+
+        Returns its outputs and the new BatchNorm statistics.
+        """
+        outputs, updates = self.model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            self.normalize(images),
+            train=True,
+            projection=projection,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        return outputs, updates["batch_stats"]
+
+    def eval_forward(self, network: Network, images: Array, *, projection: bool = False) -> Outputs:
+        """Runs a network in evaluation mode on images (B, H, W, 3) on 0..255, without gradient."""
+        variables = jax.lax.stop_gradient(network.variables)
+        return self.model.apply(
+            variables, self.normalize(images), train=False, projection=projection
+        )
+
+    def supervised_loss(self, logits: Array, aux: Array | None, labels: Array) -> Array:
+        """Returns L_s (Eq. 2, decisions.md 21), the auxiliary head's weighted loss included.
+
+        Args:
+          logits: (B, h, w, C) float32 at stride 4.
+          aux: (B, h', w', C) float32, or None where the network has no auxiliary head.
+          labels: (B, H, W) ground truth.
+        """
+        config, size = self.config.loss, labels.shape[1:]
+
+        def loss(scores: Array) -> Array:
+            scores = resize_aligned(scores, size)
+            if config.name == "ohem":
+                return losses.ohem_cross_entropy(
+                    scores, labels, threshold=config.ohem_threshold, min_kept=config.ohem_min_kept
+                )
+            return losses.cross_entropy(scores, labels)
+
+        return loss(logits) + (0.0 if aux is None else config.aux_weight * loss(aux))
+
+
+class Method:
+    """A row of the paper's tables. Subclasses are pure: all that changes is in the TrainState.
+
+    Attributes:
+      projection: whether the networks carry the projection head.
+    """
+
+    projection: bool = False
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def init_companions(self, key: Array) -> dict[str, Network]:
+        """Returns the trained networks beside the student, by name."""
+        return {}
+
+    def init_bank(self) -> MemoryBank | None:
+        """Returns the empty memory bank, or None."""
+        return None
+
+    def init_method_state(self) -> Any:
+        """Returns the arrays that the method owns beside networks and bank."""
+        return {}
+
+    def optimizers(self) -> dict[str, optax.GradientTransformation]:
+        """Returns one optimizer per trained network; by default the configured one for each."""
+        names = ["student", *jax.eval_shape(self.init_companions, jax.random.key(0))]
+        config = self.task.config.optimizer
+        return {name: make_optimizer(config, self.task.total_steps) for name in names}
+
+    def loss(
+        self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
+    ) -> tuple[Array, LossOutputs]:
+        """Returns the total loss, () float32, and what goes with it.
+
+        Args:
+          params: parameters of every trained network by name; "student" is always there.
+          state: the state before this step, from which everything but `params` is read.
+          batch: {"labeled", "unlabeled"} -> {"image" (B, H, W, 3) uint8, "label" (B, H, W) uint8,
+            "inside" (B, H, W) bool, False on padding}. The unlabelled labels may be used for
+            metrics only.
+          key: random key of this step.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.loss")
+
+    def pseudo_labels(self, key: Array, state: TrainState, images: Array) -> Array | None:
+        """Returns what the method would teach on unlabelled images, for the panels, or None.
+
+        Args:
+          key: random key.
+          state: the state.
+          images: (B, H, W, 3) uint8.
+
+        Returns:
+          (B, H, W) int32 class ids, 255 where the mask M drops the pixel (Eq. 4a).
+        """
+        return None
+
+    def update(
+        self, state: TrainState, outputs: LossOutputs, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Returns the state after everything that follows the optimizer step, and more metrics.
+
+        `state` holds the new parameters and still the old `step`.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.update")

@@ -1,0 +1,206 @@
+"""CSC: the semi-supervised baseline with the contrastive module on top (Eq. 1, Algorithm 1).
+
+The module only needs the base method's `Pixels`, so it goes on top of any method that provides
+them. Its parts switch on one by one, as in Tables I to IV:
+
+    L_p alone            contrast.memory_bank=False
+    + memory bank        contrast.top_n=0 contrast.consistency=False contrast.enqueue_gate=off
+    + TopN                                contrast.consistency=False contrast.enqueue_gate=off
+    + CSCM (all of CSC)  the defaults
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from csc_jax import contrast
+from csc_jax.errors import UserError
+from csc_jax.methods.base import Batch, LossOutputs, Method, Pixels, Task
+from csc_jax.methods.mean_teacher import MeanTeacher
+from csc_jax.state import TrainState
+
+
+class CSC(Method):
+    """L = L_base + lambda_c L_c, with L_p in place of L_c until the memory bank is ready."""
+
+    projection = True
+
+    def __init__(self, task: Task):
+        super().__init__(task)
+        from_teacher = task.config.contrast.bank_source == "teacher"
+        self.base = MeanTeacher(task, with_pixels=True, teacher_features=from_teacher)
+        self._check_absent_classes()
+        # Before the teacher starts there are no pseudo-labels worth contrasting.
+        self.start = max(task.config.contrast.start, task.config.method.supervised_only)
+
+    def init_bank(self) -> contrast.MemoryBank | None:
+        config = self.task.config
+        if not config.contrast.memory_bank:
+            return None
+        return contrast.init_memory_bank(
+            self.task.num_classes, config.contrast.bank_size, config.model.projection_dim
+        )
+
+    def init_method_state(self) -> Any:
+        return self.base.init_method_state()
+
+    def loss(
+        self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
+    ) -> tuple[Array, LossOutputs]:
+        base_key, sample_key = jax.random.split(key)
+        total, outputs = self.base.loss(params, state, batch, base_key)
+        queries = self._sample(sample_key, outputs.pixels)
+        loss_c = self._contrastive_loss(state, queries)
+        total = total + self.task.config.contrast.weight * loss_c
+        carry = {"base": outputs.carry, "queries": jax.lax.stop_gradient(queries)}
+        return total, outputs.replace(metrics=outputs.metrics | {"loss_c": loss_c}, carry=carry)
+
+    def pseudo_labels(self, key: Array, state: TrainState, images: Array) -> Array | None:
+        return self.base.pseudo_labels(key, state, images)
+
+    def update(
+        self, state: TrainState, outputs: LossOutputs, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        base_key, enqueue_key = jax.random.split(key)
+        base_outputs = outputs.replace(carry=outputs.carry["base"])
+        state, metrics = self.base.update(state, base_outputs, base_key)
+        if state.bank is None:
+            return state, metrics
+        bank, bank_metrics = self._update_bank(
+            enqueue_key, state, outputs.pixels, outputs.carry["queries"]
+        )
+        bank_metrics["bank_fill"] = contrast.bank_fill(bank)
+        return state.replace(bank=bank), metrics | bank_metrics
+
+    def _check_absent_classes(self) -> None:
+        absent = self.task.config.contrast.absent_classes
+        unknown = [c for c in absent if not 0 <= c < self.task.num_classes]
+        if unknown:
+            raise UserError(
+                f"contrast.absent_classes names the class {unknown[0]}, but the data set has "
+                f"classes 0 to {self.task.num_classes - 1}. Leave it out of the list."
+            )
+
+    def _sample(self, key: Array, pixels: Pixels) -> contrast.Samples:
+        """Draws the queries: features (B, C, V, D), not normalised, indices and valid (B, C, V)."""
+        images, height, width, dim = pixels.features.shape
+        flat = (images, height * width)
+
+        def draw(key: Array, features: Array, labels: Array, predictions: Array):
+            return contrast.semi_hard_sample(
+                key,
+                features,
+                labels,
+                predictions,
+                num_classes=self.task.num_classes,
+                views=self.task.config.contrast.views_per_class,
+            )
+
+        return jax.vmap(draw)(
+            jax.random.split(key, images),
+            pixels.features.reshape(*flat, dim),
+            pixels.labels.reshape(flat),
+            pixels.predictions.reshape(flat),
+        )
+
+    def _contrastive_loss(self, state: TrainState, queries: contrast.Samples) -> Array:
+        """Returns the one loss that is in force, () float32; the others are not computed."""
+        config = self.task.config.contrast
+        features = contrast.normalize(queries.features)
+        dim = features.shape[-1]
+        flat = features.reshape(-1, dim)  # (B C V, D)
+        labels = jnp.broadcast_to(_class_ids(queries.valid), queries.valid.shape).reshape(-1)
+        valid = queries.valid.reshape(-1)
+
+        def none(_: Array) -> Array:
+            return jnp.zeros(())
+
+        def pixel_wise(flat: Array) -> Array:  # L_p, Eq. 5
+            return contrast.contrastive_loss(flat, labels, valid, temperature=config.temperature)
+
+        def with_bank(flat: Array) -> Array:  # L_c, Eq. 6
+            return contrast.contrastive_loss(
+                flat,
+                labels,
+                valid,
+                state.bank,
+                temperature=config.temperature,
+                top_n=config.top_n or None,
+            )
+
+        active = (state.step >= self.start).astype(jnp.int32)
+        if state.bank is None:
+            return jax.lax.switch(active, (none, pixel_wise), flat)
+        return jax.lax.switch(
+            active * (1 + self._ready(state.bank).astype(jnp.int32)),
+            (none, pixel_wise, with_bank),
+            flat,
+        )
+
+    def _ready(self, bank: contrast.MemoryBank) -> Array:
+        config = self.task.config.contrast
+        return contrast.bank_ready(bank, min_fill=config.min_fill, absent=config.absent_classes)
+
+    def _update_bank(
+        self, key: Array, state: TrainState, pixels: Pixels, queries: contrast.Samples
+    ) -> tuple[contrast.MemoryBank, dict[str, Array]]:
+        """Runs the gated update, in the steps in which one is due."""
+        config = self.task.config.contrast
+
+        def update(bank: contrast.MemoryBank):
+            images, height, width, dim = pixels.bank_features.shape
+            features = pixels.bank_features.reshape(images, height * width, dim)
+
+            def draw(key: Array, features: Array, labels: Array) -> contrast.Samples:
+                return contrast.random_sample(
+                    key,
+                    features,
+                    labels,
+                    num_classes=self.task.num_classes,
+                    views=config.pixels_per_class,
+                )
+
+            new = jax.vmap(draw)(
+                jax.random.split(key, images), features, pixels.labels.reshape(images, -1)
+            )
+            # The queries' own pixels, from the features that are to enter the bank.
+            indices = queries.indices.reshape(images, -1)  # (B, C V)
+            sampled = jnp.take_along_axis(features, indices[..., None], axis=1)
+            labels = jnp.broadcast_to(_class_ids(queries.valid), queries.valid.shape)
+            return contrast.update_memory_bank(
+                bank,
+                contrast.normalize(sampled),
+                labels.reshape(images, -1),
+                queries.valid.reshape(images, -1),
+                new.features,
+                new.valid,
+                consistency=config.consistency,
+                class_mean=config.class_mean,
+                consistency_gate=config.consistency_gate,
+                enqueue_gate=config.enqueue_gate,
+                margin=config.margin,
+                min_fill=config.min_fill,
+                absent=config.absent_classes,
+            )
+
+        def leave(bank: contrast.MemoryBank):
+            nan = jnp.full((), jnp.nan)
+            return bank, {
+                "ready": self._ready(bank).astype(jnp.float32),
+                "separation": contrast.separation(bank),
+                "consistency_accepted": nan,
+                "enqueue_accepted": nan,
+            }
+
+        due = (state.step >= self.start) & (state.step % config.update_every == 0)
+        return jax.lax.cond(due, update, leave, state.bank)
+
+
+def _class_ids(valid: Array) -> Array:
+    """(1, C, 1) int32 for (B, C, V) slots."""
+    return jnp.arange(valid.shape[1], dtype=jnp.int32)[None, :, None]
+
+
+METHOD = CSC

@@ -1,0 +1,151 @@
+"""The paper's semi-supervised baseline: an EMA teacher's pseudo-labels on CutMix views (Eq. 1 to 4).
+
+The teacher labels the weak view of an unlabelled image, the mask M drops unreliable pixels, images
+and pseudo-labels are mixed by CutMix, and the student learns them together with the labelled batch
+in one forward pass, so that BatchNorm sees both (decisions.md 13, 19, 23).
+
+For the first `method.supervised_only` steps L_u has weight 0 and the teacher is a copy of the
+student. The unlabelled images still pass through the network then, for the one compiled step's sake,
+so that BatchNorm statistics know them from the start.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from csc_jax import augment, losses
+from csc_jax.methods.base import Batch, LossOutputs, Method, Pixels, Task
+from csc_jax.methods.supervised import teacher_decay
+from csc_jax.models import Outputs, resize_aligned
+from csc_jax.pseudo_labels import pseudo_labels, update_class_confidence
+from csc_jax.state import TrainState, update_ema
+
+
+class MeanTeacher(Method):
+    """L = L_s + lambda_u L_u.
+
+    Attributes:
+      with_pixels: hand on features and labels for a contrastive module on top.
+      teacher_features: those that may enter its bank are the teacher's (Fig. 3), not the student's.
+    """
+
+    def __init__(self, task: Task, *, with_pixels: bool = False, teacher_features: bool = False):
+        super().__init__(task)
+        self.projection = with_pixels
+        self.teacher_features = teacher_features
+
+    def init_method_state(self) -> dict[str, Array]:
+        return {"class_confidence": jnp.zeros((self.task.num_classes,))}
+
+    def loss(
+        self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
+    ) -> tuple[Array, LossOutputs]:
+        task, config = self.task, self.task.config.method
+        mask_key, photo_key, mix_key, dropout_key = jax.random.split(key, 4)
+        labeled, unlabeled = batch["labeled"], batch["unlabeled"]
+        weak, inside = unlabeled["image"], unlabeled["inside"]
+        size = inside.shape[1:]  # (H, W)
+        images_l = labeled["image"].shape[0]
+
+        pseudo = self.pseudo_labels(mask_key, state, weak, inside)  # (Bu, H, W)
+        mask = augment.cutmix_mask(mix_key, weak.shape[0], size, config.cutmix)
+        strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
+        pseudo_mixed, inside_mixed = augment.mix(mask, pseudo), augment.mix(mask, inside)
+
+        images = jnp.concatenate([labeled["image"].astype(jnp.float32), strong])
+        student, batch_stats = task.train_forward(
+            params["student"],
+            state.student.batch_stats,
+            images,
+            dropout_key,
+            projection=self.projection,
+        )
+        loss_s = task.supervised_loss(
+            student.logits[:images_l],
+            None if student.aux is None else student.aux[:images_l],
+            labeled["label"],
+        )
+        loss_u = losses.unsupervised_cross_entropy(
+            resize_aligned(student.logits[images_l:], size), pseudo_mixed, inside_mixed
+        )
+        active = state.step >= config.supervised_only
+        total = loss_s + jnp.where(active, config.lambda_u, 0.0) * loss_u
+
+        pixels = None
+        if self.projection:
+            bank_features = self._bank_features(state, labeled["image"], weak, mask, student)
+            pixels = _pixels(student, bank_features, labeled["label"], pseudo_mixed)
+        metrics = {"loss_s": loss_s, "loss_u": loss_u}
+        metrics |= _pseudo_label_metrics(pseudo, inside, unlabeled["label"])
+        carry = {"logits_l": jax.lax.stop_gradient(student.logits[:images_l])}
+        carry["labels_l"] = augment.nearest(labeled["label"], student.logits.shape[1:3])
+        return total, LossOutputs({"student": batch_stats}, metrics, pixels, carry)
+
+    def pseudo_labels(
+        self, key: Array, state: TrainState, images: Array, inside: Array | None = None
+    ) -> Array:
+        """See `Method.pseudo_labels`; pixels outside `inside` (B, H, W), all by default, get none."""
+        logits = resize_aligned(self.task.eval_forward(state.teacher, images).logits, images.shape[1:3])
+        return pseudo_labels(
+            key,
+            jax.nn.softmax(logits),
+            jnp.ones(images.shape[:3], bool) if inside is None else inside,
+            state.method_state["class_confidence"],
+            state.step / self.task.total_steps,
+            self.task.config.method.pseudo_label,
+        )
+
+    def update(
+        self, state: TrainState, outputs: LossOutputs, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        config = self.task.config.method
+        decay = teacher_decay(state.step, config.supervised_only, config.ema_decay)
+        confidence = update_class_confidence(
+            state.method_state["class_confidence"],
+            outputs.carry["logits_l"],
+            outputs.carry["labels_l"],
+            config.pseudo_label.confidence_ema,
+        )
+        return state.replace(
+            teacher=update_ema(state.teacher, state.student, decay),
+            method_state={"class_confidence": confidence},
+        ), {}
+
+    def _bank_features(
+        self, state: TrainState, labeled: Array, weak: Array, mask: Array, student: Outputs
+    ) -> Array:
+        """(B, h, w, D): the student's features, or the teacher's, mixed as the images were."""
+        if not self.teacher_features:
+            return jax.lax.stop_gradient(student.projection)
+        images = jnp.concatenate([labeled, weak])
+        features = self.task.eval_forward(state.teacher, images, projection=True).projection
+        features_l, features_u = features[: labeled.shape[0]], features[labeled.shape[0] :]
+        small = augment.nearest(mask, features.shape[1:3])
+        return jnp.concatenate([features_l, augment.mix(small, features_u)])
+
+
+def _pixels(student: Outputs, bank_features: Array, labels: Array, pseudo: Array) -> Pixels:
+    size = student.logits.shape[1:3]  # (h, w)
+    both = jnp.concatenate([labels.astype(jnp.int32), pseudo])
+    return Pixels(
+        features=student.projection,
+        bank_features=bank_features,
+        labels=augment.nearest(both, size),
+        predictions=jnp.argmax(student.logits, axis=-1).astype(jnp.int32),
+    )
+
+
+def _pseudo_label_metrics(pseudo: Array, inside: Array, truth: Array) -> dict[str, Array]:
+    """Kept share of the pixels, and the share of the kept ones that are right where truth exists."""
+    kept = pseudo != losses.IGNORE
+    judged = kept & (truth != losses.IGNORE)
+    right = judged & (pseudo == truth.astype(jnp.int32))
+    known = jnp.sum(judged)
+    accuracy = jnp.where(known > 0, jnp.sum(right) / jnp.maximum(known, 1), jnp.nan)
+    kept_fraction = jnp.sum(kept) / jnp.maximum(jnp.sum(inside), 1)
+    return {"kept_fraction": kept_fraction, "pseudo_label_accuracy": accuracy}
+
+
+METHOD = MeanTeacher

@@ -1,0 +1,123 @@
+"""DeepLabv3+ with a projection head (decisions.md 16 and "Recipe facts of the lineage")."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from csc_jax.models.layers import Conv, ConvNorm
+from csc_jax.models.resize import resize_aligned
+from csc_jax.models.resnet import ResNet
+
+
+class Outputs(NamedTuple):
+    """Results of the network, all float32; (h, w) is the size of the stride-4 feature map."""
+
+    logits: jax.Array  # (B, h, w, C)
+    projection: jax.Array | None  # (B, h, w, D), not normalised; None where not asked for
+    aux: jax.Array | None  # (B, h', w', C) at the stride of layer3; None without that head
+
+
+class DeepLabV3Plus(nn.Module):
+    """Segmentation network: (B, H, W, 3) normalised image -> `Outputs`.
+
+    Top-level parameter keys: `backbone`, `low_level`, `aspp`, `fuse`, `classifier`, `projection`
+    and, with `aux_head`, `auxiliary`. Initialise with projection=True to create all of them.
+    """
+
+    num_classes: int
+    backbone: str = "resnet101"  # key of resnet.BACKBONES
+    stem: str = "deep"  # deep | 7x7
+    output_stride: int = 8  # 8, 16 or 32
+    projection_dim: int = 256
+    aux_head: bool = False
+    width: int = 64  # channels of the backbone's first stage
+    multi_grid: tuple[int, ...] = (2, 2, 4)
+    aspp_rates: tuple[int, ...] = (12, 24, 36)  # at output stride 8; see `rates_at`
+    decoder_width: int = 256
+    dropout: float = 0.1
+    dtype: Any = jnp.float32  # compute type; parameters, statistics and outputs are float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, projection: bool = True) -> Outputs:
+        """Runs the network; train=True needs a "dropout" key and mutable "batch_stats"."""
+        features = ResNet(
+            depth=self.backbone,
+            stem=self.stem,
+            width=self.width,
+            output_stride=self.output_stride,
+            multi_grid=self.multi_grid,
+            dtype=self.dtype,
+            name="backbone",
+        )(x, train)
+
+        conv = partial(ConvNorm, self.decoder_width, dtype=self.dtype)
+        rates = rates_at(self.output_stride, self.aspp_rates)
+        deep = ASPP(self.decoder_width, rates, self.dtype, name="aspp")(features.deep, train)
+        deep = conv(name="fuse")(deep, train)
+        deep = _dropout(self.dropout, train)(deep)
+        low = conv(kernel_size=1, use_bias=True, name="low_level")(features.low, train)
+        deep = resize_aligned(deep, (low.shape[1], low.shape[2]))
+        fused = jnp.concatenate([low, deep], axis=-1)  # (B, h, w, 2 decoder_width)
+
+        head = partial(Head, width=self.decoder_width, dropout=self.dropout, dtype=self.dtype)
+        aux = head(self.num_classes, depth=1, name="auxiliary") if self.aux_head else None
+        project = head(self.projection_dim, depth=2, name="projection") if projection else None
+        return Outputs(
+            logits=head(self.num_classes, depth=2, name="classifier")(fused, train),
+            projection=project(fused, train) if project else None,
+            aux=aux(features.middle, train) if aux else None,
+        )
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: (B, h, w, K) -> (B, h, w, (2 + len(rates)) * width)."""
+
+    width: int
+    rates: Sequence[int]  # dilations of the 3x3 branches
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv = partial(ConvNorm, self.width, dtype=self.dtype)
+        mean = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
+        pooled = conv(kernel_size=1, name="pool")(mean, train)
+        branches = [jnp.broadcast_to(pooled, (*x.shape[:3], self.width))]
+        branches.append(conv(kernel_size=1, name="point")(x, train))
+        for i, rate in enumerate(self.rates):
+            branches.append(conv(dilation=rate, name=f"atrous{i}")(x, train))
+        return jnp.concatenate(branches, axis=-1)
+
+
+class Head(nn.Module):
+    """`depth` 3x3 convolutions with BN, ReLU and dropout, then a 1x1: (B, h, w, K) -> (B, h, w, F).
+
+    Computes in `dtype`, returns float32; F is `features`.
+    """
+
+    features: int
+    width: int
+    depth: int
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for i in range(1, self.depth + 1):
+            conv = ConvNorm(self.width, use_bias=True, dtype=self.dtype, name=f"conv{i}")
+            x = _dropout(self.dropout, train)(conv(x, train))
+        out = Conv(self.features, kernel_size=1, dtype=self.dtype, name="out")
+        return out(x).astype(jnp.float32)
+
+
+def _dropout(rate: float, train: bool) -> nn.Dropout:
+    """Drops whole channels of an image (Dropout2d, lineage)."""
+    return nn.Dropout(rate, broadcast_dims=(1, 2), deterministic=not train)
+
+
+def rates_at(output_stride: int, rates: Sequence[int]) -> tuple[int, ...]:
+    """Scales ASPP dilations given for output stride 8, so that they span the same image pixels."""
+    return tuple(max(1, rate * 8 // output_stride) for rate in rates)

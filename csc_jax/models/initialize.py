@@ -1,0 +1,47 @@
+"""Initial weights of a network, cut from one stream of random numbers."""
+
+import math
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="projection")
+def initialize(network: nn.Module, key: jax.Array, *, projection: bool = True) -> dict[str, Any]:
+    """Returns {"params", "batch_stats"} of a network, all float32.
+
+    Convolution kernels are normal: in the backbone with variance 2 / fan-out (lineage,
+    torchvision), elsewhere with 1 / (3 fan-in), the variance of PyTorch's default. BatchNorm
+    starts as the identity, in the last layer of a block too; biases start at 0.
+
+    `network.init` compiles a random generator per kernel, half a minute for a ResNet-18 on a CPU;
+    here one draw serves them all.
+
+    Args:
+      network: a DeepLabV3Plus.
+      key: the same key gives the same values with and without the projection head.
+      projection: whether to create that head.
+    """
+    image = jnp.zeros((1, 64, 64, 3))  # no parameter depends on the size
+    init = partial(network.init, train=False, projection=projection)
+    shapes = flatten_dict(jax.eval_shape(init, key, image))
+    # Sorted, the projection head comes last and so does not shift the others' numbers.
+    kernels = sorted(path for path in shapes if path[-1] == "kernel")
+    noise = jax.random.normal(key, (sum(shapes[path].size for path in kernels),))
+    variables = {}
+    start = 0
+    for path in kernels:
+        height, width, inputs, outputs = shapes[path].shape
+        variance = 2 / outputs if path[1] == "backbone" else 1 / (3 * inputs)
+        end = start + shapes[path].size
+        values = noise[start:end].reshape(shapes[path].shape)
+        variables[path] = values * math.sqrt(variance / (height * width))
+        start = end
+    for path in shapes.keys() - variables.keys():
+        fill = 1.0 if path[-1] in ("scale", "var") else 0.0
+        variables[path] = jnp.full(shapes[path].shape, fill)
+    return unflatten_dict(variables)

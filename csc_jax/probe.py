@@ -1,0 +1,83 @@
+"""A few fixed images that are looked at again and again: Cons over training and the panels."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from csc_jax import contrast, data
+from csc_jax.experiment import Experiment
+from csc_jax.state import Network, TrainState
+
+_SALT = 0x9A9E1  # keeps the panels' random draws apart from the steps' own
+
+
+class Probe:
+    """Follows `config.train.panels` images of the evaluated split through training."""
+
+    def __init__(self, experiment: Experiment, source: data.Source):
+        config = experiment.config
+        self._experiment = experiment
+        self._lag = config.train.consistency_lag
+        self._images = [source[i] for i in range(min(config.train.panels, len(source)))]
+        # Only methods that train the projection head have features whose consistency means anything.
+        self._measured = experiment.method.projection and bool(self._images)
+        self._crops = _centre_crops(self._images, config.data.crop_size) if self._measured else None
+        self._then: jax.Array | None = None
+        method = experiment.method
+
+        def features(student: Network, images: jax.Array) -> jax.Array:
+            return method.task.eval_forward(student, images, projection=True).projection
+
+        self._features = jax.jit(features)
+        self._consistency = jax.jit(contrast.consistency)
+        self._pseudo_labels = jax.jit(method.pseudo_labels)
+
+    def measure(self, step: int, state: TrainState) -> float | None:
+        """Returns Cons (Eq. 7) at every T-th step, T = `train.consistency_lag`; else None.
+
+        The features of T steps ago are recomputed from the state wherever a run starts or resumes
+        on a multiple of T, so that a resumed run records the same values.
+        """
+        if not self._measured or step % self._lag:
+            return None
+        now = self._features(state.student, self._crops)
+        then, self._then = self._then, now
+        return None if then is None else float(self._consistency(now, then))
+
+    def panel(self, state: TrainState) -> dict[str, list[np.ndarray]]:
+        """Returns the columns of a panel: header -> one picture an image."""
+        experiment = self._experiment
+        name = experiment.config.eval.network
+        variables = getattr(state, name).variables
+        key = jax.random.fold_in(jax.random.key(_SALT), state.step)
+        columns: dict[str, list[np.ndarray]] = {
+            "image": [example["image"] for example in self._images],
+            "ground truth": [example["label"] for example in self._images],
+            name: [],
+        }
+        for example in self._images:
+            # The predictor wants a batch that divides by the mesh.
+            batch = np.repeat(example["image"][None], experiment.mesh.size, axis=0)
+            columns[name].append(np.asarray(experiment.predict(variables, batch))[0])
+            pseudo = self._pseudo_labels(key, state, jnp.asarray(example["image"][None]))
+            if pseudo is not None:
+                column = columns.setdefault("pseudo-label, hatched where M = 0", [])
+                column.append(np.asarray(pseudo)[0].astype(np.uint8))
+        return columns
+
+
+def _centre_crops(examples: list[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
+    """(P, h, w, 3) uint8, the middle of each image at the training crop's size."""
+    crops = []
+    for example in examples:
+        image = example["image"]
+        height, width = image.shape[:2]
+        if height < size[0] or width < size[1]:
+            pad = ((0, max(size[0] - height, 0)), (0, max(size[1] - width, 0)), (0, 0))
+            image = np.pad(image, pad, mode="edge")
+            height, width = image.shape[:2]
+        top, left = (height - size[0]) // 2, (width - size[1]) // 2
+        crops.append(image[top : top + size[0], left : left + size[1]])
+    return np.stack(crops)

@@ -1,0 +1,28 @@
+"""A config file whose values are those of an existing run: `--config=csc_jax/stored_config.py:WORKDIR`.
+
+`main` passes it where evaluate or predict are called without --config, so that fields of the stored
+config can be overridden like those of any other.
+"""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from csc_jax.config import from_plain
+from csc_jax.errors import UserError
+
+
+def get_config(workdir: str) -> ConfigDict:
+    """Returns the config kept in `workdir`.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return from_plain(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}). Give the --workdir of a training run, or --config=FILE."
+        ) from error

@@ -1,0 +1,233 @@
+"""The host loop: feeds the step, records, evaluates, draws, saves; and continues where it stopped."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from csc_jax import config as config_lib
+from csc_jax import data, visualize
+from csc_jax.checkpoint import Checkpointer
+from csc_jax.evaluation import Scores
+from csc_jax.experiment import Experiment, build, load_data
+from csc_jax.probe import Probe
+from csc_jax.sharding import shard_batch
+from csc_jax.state import TrainState
+from csc_jax.train_step import compile_step
+from csc_jax.writers import MetricWriter, Progress, read_metrics
+
+log = logging.getLogger("csc_jax")
+
+
+def train(config: ConfigDict, workdir: Path) -> Scores:
+    """Trains, or continues, the run in `workdir`, and returns its last scores.
+
+    Order at each step: batch, step, record, evaluate, save. A checkpoint is saved before the next
+    batch is drawn, so that a restart continues with the very next one.
+
+    Raises:
+      UserError: anything wrong with config, data or work directory, before the first compilation.
+    """
+    dataset = load_data(config)
+    partition = data.partition(config.data, dataset, config.seed)
+    config = config_lib.resolve(config, data.steps_per_epoch(config, partition))
+    iterator = data.train_iterator(config, dataset, partition)
+    val = dataset.source(config.eval.split)
+    experiment = build(config, dataset.class_names, dataset.palette)
+    total = config.train.steps
+
+    checkpointer = Checkpointer(workdir, config.checkpoint.keep)
+    run = describe(experiment)
+    restored = checkpointer.restore(experiment.abstract_state())
+    if restored is None:
+        state = experiment.compile_init()()
+    else:
+        state = restored.state
+        iterator.set_state(restored.iterator)
+    start = int(state.step)
+    data.write_partition(partition, workdir)
+    (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
+    log.info(
+        "%s on %s: %d labelled, %d unlabelled and %d %s images, %d classes, %s; step %d of %d in %s",
+        config.method.name,
+        dataset.name,
+        len(partition.labeled),
+        len(partition.unlabeled),
+        len(val),
+        config.eval.split,
+        experiment.num_classes,
+        _devices(experiment),
+        start,
+        total,
+        workdir,
+    )
+
+    step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh)
+    probe = Probe(experiment, val)
+    probe.measure(start, state)
+    scores: Scores | None = None
+    with MetricWriter(workdir, resume_step=start, wandb=config.wandb) as writer:
+        progress = Progress(total, start)
+        recorder = _Recorder(config, writer, progress, data.steps_per_epoch(config, partition))
+        for step in range(start + 1, total + 1):
+            batch = shard_batch(next(iterator), experiment.mesh)
+            state, metrics = step_fn(state, batch)
+            recorder.add(step, metrics)
+            if (cons := probe.measure(step, state)) is not None:
+                recorder.write(step, {"train/consistency": cons})
+            miou = None
+            if step % config.train.eval_every == 0 or step == total:
+                recorder.flush()
+                scores = evaluate_and_draw(experiment, state, val, step, probe, writer, workdir)
+                miou = scores.miou
+                progress.evaluated(step, miou)
+                recorder.restart_clock()
+            if step % config.checkpoint.every == 0 or step == total:
+                checkpointer.save(step, state, iterator.get_state(), run, miou)
+        recorder.flush()
+        progress.close()
+    checkpointer.close()
+    if scores is None:  # nothing was left to do
+        scores = experiment.evaluate(getattr(state, config.eval.network), val)
+    log.info("%s on %s:\n%s", config.eval.network, config.eval.split, scores.table(dataset.class_names))
+    return scores
+
+
+def evaluate_and_draw(
+    experiment: Experiment,
+    state: TrainState,
+    val: data.Source,
+    step: int,
+    probe: Probe,
+    writer: MetricWriter,
+    workdir: Path,
+) -> Scores:
+    """Scores the network under `config.eval`, records it and redraws the PNGs in W/plots."""
+    name = experiment.config.eval.network
+    scores = experiment.evaluate(getattr(state, name), val)
+    iou = {
+        f"val/{name}_iou/{cls}": float(value)
+        for cls, value in zip(experiment.class_names, scores.iou, strict=True)
+    }
+    writer.write(step, {f"val/{name}_miou": scores.miou, **iou})
+    method = experiment.config.method.name
+    if experiment.config.train.panels:
+        visualize.save_panel(
+            workdir / "plots" / f"panel_{step:06d}.png",
+            probe.panel(state),
+            experiment.palette,
+            experiment.class_names,
+            f"{method}, step {step}, mIoU {100 * scores.miou:.1f}%",
+        )
+    visualize.save_curves(workdir / "plots" / "curves.png", read_metrics(workdir), method)
+    return scores
+
+
+def describe(experiment: Experiment) -> dict[str, Any]:
+    """Returns what a checkpoint says of itself, as JSON holds it: config, class names, palette."""
+    return {
+        "config": config_lib.to_plain(experiment.config),
+        "class_names": list(experiment.class_names),
+        "palette": experiment.palette.tolist(),
+    }
+
+
+class _Recorder:
+    """Averages the metrics of `log_every` steps and watches the memory bank.
+
+    Holds each step's metrics back until the next step is dispatched: fetching them at once would
+    leave the device idle while the host waits.
+    """
+
+    def __init__(
+        self, config: ConfigDict, writer: MetricWriter, progress: Progress, steps_per_epoch: int
+    ):
+        self._every = config.train.log_every
+        self._images = config.batch.labeled + config.batch.unlabeled
+        self._writer = writer
+        self._progress = progress
+        self._bank = _BankWatch(steps_per_epoch)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._window: list[dict[str, float]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Starts timing afresh, so that evaluation does not count as training time."""
+        self._since = time.perf_counter()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step just dispatched; fetches those of the one before."""
+        self._fetch()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Fetches what is held back."""
+        self._fetch()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Records values that are not averaged."""
+        self._writer.write(step, values)
+
+    def _fetch(self) -> None:
+        if self._pending is None:
+            return
+        step, on_device = self._pending
+        self._pending = None
+        metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        self._bank.watch(step, metrics)
+        self._window.append(metrics)
+        if step % self._every:
+            return
+        values = {f"train/{name}": _mean(self._window, name) for name in metrics}
+        now = time.perf_counter()
+        values["train/images_per_second"] = self._images * len(self._window) / (now - self._since)
+        self._window, self._since = [], now
+        self._writer.write(step, values)
+        self._progress.update(step, values)
+
+
+class _BankWatch:
+    """Says when the bank became ready and when the enqueue gate all but freezes it (decisions.md 4)."""
+
+    def __init__(self, steps_per_epoch: int):
+        self._epoch = steps_per_epoch
+        self._ready = False
+        self._asked = 0
+        self._accepted = 0.0
+
+    def watch(self, step: int, metrics: dict[str, float]) -> None:
+        if metrics.get("ready") == 1.0 and not self._ready:
+            self._ready = True
+            log.info("step %d: every class is in the memory bank; L_c replaces L_p", step)
+        accepted = metrics.get("enqueue_accepted", math.nan)
+        if not math.isnan(accepted):
+            self._asked += 1
+            self._accepted += accepted
+        if step % self._epoch == 0:
+            if self._asked and self._accepted < 0.1 * self._asked:
+                log.warning(
+                    "step %d: the enqueue gate accepted %d of %d updates in the last epoch; the "
+                    "memory bank is close to frozen (contrast.enqueue_gate, contrast.margin)",
+                    step,
+                    round(self._accepted),
+                    self._asked,
+                )
+            self._asked, self._accepted = 0, 0.0
+
+
+def _mean(window: list[dict[str, float]], name: str) -> float:
+    """Mean over the steps in which the metric was defined; NaN if in none."""
+    values = np.array([metrics[name] for metrics in window])
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan
+
+
+def _devices(experiment: Experiment) -> str:
+    device = experiment.mesh.devices.flat[0]
+    return f"{experiment.mesh.size} x {device.device_kind}"

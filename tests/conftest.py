@@ -1,0 +1,62 @@
+"""Every test runs on four virtual CPU devices, with JAX's rank check on and warnings as errors."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# JAX reads these when it is imported or first used, hence before any other import. They are
+# environment variables so that commands which a test starts inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
+os.environ["MPLBACKEND"] = "agg"
+# Tests build the same step again and again; compiled programs are shared by all of a session's
+# processes. The folder is new each time: a program that a killed test run left half written would
+# fail the next one. The size limit makes JAX lock the folder (it does not without one).
+OWNS_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if OWNS_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="csc_jax_xla_")
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # bytes
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes a first example slow, and a failure must come again at the next run.
+settings.register_profile("csc_jax", deadline=None, derandomize=True)
+settings.load_profile("csc_jax")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if OWNS_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def mesh1() -> jax.sharding.Mesh:
+    """A mesh of one device."""
+    from csc_jax import sharding
+
+    return sharding.make_mesh(1)
+
+
+@pytest.fixture(scope="session")
+def mesh4() -> jax.sharding.Mesh:
+    """A mesh of all four devices."""
+    from csc_jax import sharding
+
+    return sharding.make_mesh(4)
+
+
+@pytest.fixture(scope="session")
+def camvid_root() -> Path:
+    """The CamVid folder, which the project does not ship."""
+    beside_checkout = Path(__file__).parents[2] / "shared" / "camvid"
+    root = Path(os.environ.get("CSC_CAMVID_ROOT", beside_checkout))
+    if not (root / "images").is_dir():
+        pytest.skip(f"no CamVid at {root}: set CSC_CAMVID_ROOT to its folder")
+    return root

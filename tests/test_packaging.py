@@ -1,0 +1,71 @@
+"""pyproject.toml, requirements.txt and the sources name the same packages."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import csc_jax
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = [
+    Requirement(line)
+    for line in (ROOT / "requirements.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
+RANGES = [
+    Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+]
+
+
+def pinned_version(pin: Requirement) -> str:
+    (specifier,) = pin.specifier
+    assert specifier.operator == "=="
+    return specifier.version
+
+
+@pytest.mark.parametrize("wanted", RANGES, ids=lambda requirement: requirement.name)
+def test_pins_lie_in_the_declared_ranges(wanted):
+    name = canonicalize_name(wanted.name)
+    versions = [pinned_version(pin) for pin in PINS if canonicalize_name(pin.name) == name]
+    assert versions
+    assert all(version in wanted.specifier for version in versions)
+
+
+def test_exactly_one_pin_applies_here_and_is_installed():
+    here = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate()]
+    names = [canonicalize_name(pin.name) for pin in here]
+    assert len(names) == len(set(names))
+    for pin in here:
+        assert metadata.version(pin.name) == pinned_version(pin)
+
+
+def test_every_imported_package_is_declared():
+    provided_by = metadata.packages_distributions()
+    ranges = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["wandb"]
+    declared = {canonicalize_name(Requirement(text).name) for text in ranges}
+    for path in (ROOT / "csc_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            else:
+                continue
+            for top in {module.partition(".")[0] for module in modules}:
+                if top == "csc_jax" or top in sys.stdlib_module_names:
+                    continue
+                providers = {canonicalize_name(name) for name in provided_by.get(top, [top])}
+                assert providers & declared, f"{path} imports {top}"
+
+
+def test_version_has_one_source():
+    assert metadata.version("csc-jax") == csc_jax.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", csc_jax.__version__)

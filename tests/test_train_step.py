@@ -1,0 +1,190 @@
+"""The step: equal on one and several devices, learning, and changing the state as the equations say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import METHODS, Harness, tiny_config
+
+from csc_jax import contrast
+from csc_jax.methods.supervised import teacher_decay
+from csc_jax.optimizer import make_optimizer
+from csc_jax.state import Network, update_ema
+
+
+def run(config, devices, steps):
+    harness = Harness(config, devices)
+    state, history = harness.init(), []
+    for i in range(steps):
+        state, metrics = harness.step(state, harness.batch(i))
+        history.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+    return jax.device_get(state), history
+
+
+@pytest.fixture(scope="module")
+def csc_run():
+    """30 steps of csc on one device."""
+    return run(tiny_config(train__steps=30, contrast__weight=0.1), 1, 30)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_and_four_devices_agree(method):
+    # Plain SGD: Adam divides by the root of a mean square, which blows rounding errors of near-zero
+    # gradients up to full steps. 1e-3 steps keep the two runs' thresholds on the same side.
+    config = tiny_config(method__name=method, optimizer__name="sgd", optimizer__learning_rate=1e-3)
+    one, history_one = run(config, 1, 3)
+    four, history_four = run(config, 4, 3)
+    for a, b in zip(history_one, history_four, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=1e-5, err_msg=name)
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(one)]
+    for path, a, b in zip(paths, jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5, err_msg=path)
+
+
+def test_training_lowers_the_loss_and_fills_the_bank(csc_run):
+    state, history = csc_run
+    first, last = (np.mean([m["loss_s"] for m in part]) for part in (history[:3], history[-3:]))
+    assert last < 0.7 * first
+    assert history[0]["ready"] == 0.0 and history[-1]["ready"] == 1.0
+    assert state.bank.count.min() >= 1
+    norms = np.linalg.norm(state.bank.features, axis=-1)
+    np.testing.assert_allclose(norms[np.arange(6) < state.bank.count[:, None]], 1.0, rtol=1e-5)
+    assert state.step == 30
+    assert np.isfinite(state.bank.best_separation)
+
+
+def test_the_same_seed_repeats_the_run(csc_run):
+    again, _ = run(tiny_config(train__steps=30, contrast__weight=0.1), 1, 30)
+    for a, b in zip(jax.tree.leaves(csc_run[0]), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_ema_by_hand():
+    assert teacher_decay(jnp.int32(0), 0, 0.99) == 0.0  # the first step copies the student
+    assert teacher_decay(jnp.int32(1), 0, 0.99) == 0.5
+    np.testing.assert_allclose(teacher_decay(jnp.int32(3), 0, 0.99), 0.75)
+    np.testing.assert_allclose(teacher_decay(jnp.int32(1000), 0, 0.99), 0.99)
+    assert teacher_decay(jnp.int32(7), 7, 0.99) == 0.0  # and so does the end of supervised_only
+    teacher = Network({"w": jnp.array(2.0)}, {"mean": jnp.array(4.0)})
+    student = Network({"w": jnp.array(0.0)}, {"mean": jnp.array(8.0)})
+    after = update_ema(teacher, student, 0.75)
+    assert (after.params["w"], after.batch_stats["mean"]) == (1.5, 5.0)
+
+
+def test_teacher_follows_the_student(csc_run):
+    harness = Harness(tiny_config(train__steps=30))
+    state = harness.init()
+    for i in range(3):
+        before = jax.device_get(state)
+        state, _ = harness.step(state, harness.batch(i))
+        expected = jax.device_get(
+            update_ema(before.teacher, state.student, teacher_decay(before.step, 0, 0.99))
+        )
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(state.teacher), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_student_and_teacher_start_equal_in_buffers_of_their_own():
+    state = Harness(tiny_config()).init()
+    for a, b in zip(jax.tree.leaves(state.student), jax.tree.leaves(state.teacher), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.unsafe_buffer_pointer() != b.unsafe_buffer_pointer()
+
+
+def test_the_gradient_is_that_of_the_unsupervised_loss_only_after_supervised_only():
+    config = tiny_config(
+        method__name="mean_teacher",
+        method__supervised_only=2,
+        method__pseudo_label__threshold=0.0,
+        train__steps=4,
+    )
+    harness = Harness(config)
+    state = harness.init()
+    for i in range(3):
+        state, metrics = harness.step(state, harness.batch(i))
+        weight = 0.0 if i < 2 else 1.0
+        expected = metrics["loss_s"] + weight * metrics["loss_u"]
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+        assert metrics["loss_u"] > 0
+        if i < 2:  # until then the teacher is the student
+            for a, b in zip(
+                jax.tree.leaves(state.student), jax.tree.leaves(state.teacher), strict=True
+            ):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("parts", "has_bank"),
+    [
+        ({"memory_bank": False}, False),  # L_p alone
+        ({"top_n": 0, "consistency": False, "enqueue_gate": "off"}, True),  # + bank
+        ({"consistency": False, "enqueue_gate": "off"}, True),  # + TopN
+        ({"bank_source": "teacher", "update_every": 2}, True),
+    ],
+)
+def test_parts_of_csc_switch_on_one_by_one(parts, has_bank):
+    config = tiny_config(**{f"contrast__{name}": value for name, value in parts.items()})
+    harness = Harness(config)
+    state = harness.init()
+    assert (state.bank is not None) == has_bank
+    for i in range(4):
+        state, metrics = harness.step(state, harness.batch(i))
+        assert metrics["loss_c"] > 0
+        if not has_bank:
+            continue
+        if parts.get("consistency") is False:
+            assert np.isnan(metrics["consistency_accepted"])
+        if i >= 2 and parts.get("enqueue_gate") == "off":
+            assert metrics["enqueue_accepted"] == 1.0
+    if "update_every" in parts:  # steps 0 and 2 update, 1 and 3 do not
+        assert np.isnan(metrics["enqueue_accepted"])
+
+
+def test_contrast_starts_when_told():
+    harness = Harness(tiny_config(contrast__start=2))
+    state = harness.init()
+    for i in range(4):
+        state, metrics = harness.step(state, harness.batch(i))
+        assert (metrics["loss_c"] > 0) == (i >= 2)
+        assert (contrast.bank_fill(state.bank) > 0) == (i >= 2)
+
+
+def test_ohem_and_auxiliary_head():
+    config = tiny_config(
+        method__name="supervised", loss__name="ohem", loss__ohem_min_kept=200, loss__aux_weight=0.4
+    )
+    harness = Harness(config)
+    state = harness.init()
+    before = jax.device_get(state.student.params["auxiliary"])
+    state, metrics = harness.step(state, harness.batch(0))
+    assert np.isfinite(metrics["loss"])
+    changed = [
+        not np.array_equal(a, b)
+        for a, b in zip(
+            jax.tree.leaves(before), jax.tree.leaves(state.student.params["auxiliary"]), strict=True
+        )
+    ]
+    assert any(changed)
+
+
+def test_sgd_is_pytorchs_with_polynomial_decay_and_head_multiplier():
+    config = tiny_config().optimizer
+    config.name, config.learning_rate, config.weight_decay = "sgd", 0.1, 0.01
+    config.head_multiplier = 10.0
+    tx = make_optimizer(config, total_steps=10)
+    params = {"backbone": {"w": jnp.array(1.0)}, "classifier": {"w": jnp.array(1.0)}}
+    opt_state = tx.init(params)
+    velocity, expected = 0.0, {"backbone": 1.0, "classifier": 1.0}
+    velocity = dict.fromkeys(expected, 0.0)
+    for t in range(3):
+        gradients = jax.tree.map(lambda w: 2.0 * w, params)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        params = jax.tree.map(lambda w, u: w + u, params, updates)
+        rate = 0.1 * (1 - t / 10) ** 0.9
+        for name, factor in (("backbone", 1.0), ("classifier", 10.0)):
+            velocity[name] = 0.9 * velocity[name] + 2.0 * expected[name] + 0.01 * expected[name]
+            expected[name] -= factor * rate * velocity[name]
+    for name, value in expected.items():
+        np.testing.assert_allclose(params[name]["w"], value, rtol=1e-5)

@@ -1,0 +1,149 @@
+"""PNGs: the right colours in the right places, legible sizes, no display."""
+
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from csc_jax import visualize
+
+PALETTE = np.array([[128, 64, 128], [0, 130, 180], [220, 20, 60]], np.uint8)
+NAMES = ("road", "sky", "person")
+GREYS = {56, 110}  # of the hatch
+
+
+def read(path):
+    return cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+
+
+def is_hatched(pixels):
+    return set(np.unique(pixels)) == GREYS
+
+
+def place_of(panel, color):
+    """Returns the rows and columns between which a colour occurs, without the legend."""
+    rows, columns = np.nonzero((panel[:-64] == color).all(axis=-1))
+    return rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
+
+
+def test_colorize_paints_classes_and_hatches_the_rest():
+    labels = np.full((16, 16), 255, np.uint8)
+    labels[:, :3] = [0, 1, 2]
+    drawn = visualize.colorize(labels, PALETTE)
+    assert drawn.dtype == np.uint8
+    np.testing.assert_array_equal(drawn[:, :3], np.broadcast_to(PALETTE, (16, 3, 3)))
+    assert is_hatched(drawn[:, 3:])
+
+
+def test_overlay_blends_half_and_half():
+    image = np.full((2, 2, 3), 100, np.uint8)
+    blend = visualize.overlay(image, np.array([[0, 1], [2, 2]], np.uint8), PALETTE)
+    np.testing.assert_array_equal(blend[0], [[114, 82, 114], [50, 115, 140]])
+
+
+def test_panel_shows_each_picture_enlarged_and_in_its_column(tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    truth = np.ones((64, 64), np.uint8)
+    truth[10, 20] = 2
+    pseudo = np.zeros((64, 64), np.uint8)
+    pseudo[:, 32:] = 255
+    path = tmp_path / "plots" / "panel.png"
+    columns = {"image": [image], "ground truth": [truth], "pseudo-label": [pseudo]}
+    visualize.save_panel(path, columns, PALETTE, NAMES, "step 3")
+    panel = read(path)
+
+    top, bottom, left, right = place_of(panel, PALETTE[1])  # the truth, 3 times as large
+    assert (bottom - top, right - left) == (192, 192)
+    truth_drawn = panel[top:bottom, left:right]
+    np.testing.assert_array_equal(truth_drawn[30:33, 60:63], np.full((3, 3, 3), PALETTE[2]))
+    np.testing.assert_array_equal(truth_drawn[::3, ::3], PALETTE[truth])
+
+    pitch = 192 + 8
+    image_drawn = panel[top:bottom, left - pitch : right - pitch]
+    np.testing.assert_array_equal(image_drawn, image.repeat(3, 0).repeat(3, 1))
+    pseudo_drawn = panel[top:bottom, left + pitch : right + pitch]
+    assert (pseudo_drawn[:, :96] == PALETTE[0]).all()
+    assert is_hatched(pseudo_drawn[:, 96:])
+
+
+def test_panel_has_a_legend_entry_for_each_class(tmp_path):
+    picture = np.full((64, 64, 3), 255, np.uint8)  # no class colour but in the legend
+    visualize.save_panel(tmp_path / "p.png", {"image": [picture] * 2}, PALETTE, NAMES)
+    panel = read(tmp_path / "p.png")
+    for color in PALETTE:
+        assert (panel == color).all(axis=-1).sum() == 14 * 14
+
+
+def test_large_pictures_of_several_sizes_fit_a_panel(tmp_path):
+    rows = [np.zeros((100, 2000), np.uint8), np.zeros((300, 200), np.uint8)]
+    visualize.save_panel(tmp_path / "p.png", {"teacher": rows}, PALETTE, NAMES)
+    panel = read(tmp_path / "p.png")
+    assert panel.shape[1] == 480 + 2 * 8
+    road = (panel == PALETTE[0]).all(axis=-1).sum()
+    assert road == 480 * 24 + 300 * 200 + 14 * 14
+
+
+def test_pictures_are_as_wide_as_a_long_header(tmp_path):
+    header = "pseudo-label, hatched where M = 0"
+    columns = {"image": [np.zeros((64, 64), np.uint8)], header: [np.ones((64, 64), np.uint8)]}
+    visualize.save_panel(tmp_path / "p.png", columns, PALETTE, NAMES)
+    panel = read(tmp_path / "p.png")
+    top, _, left, right = place_of(panel, PALETTE[1])
+    dark = np.nonzero((panel[top - 28 : top] < 128).all(axis=-1))[1]
+    assert left <= dark.max() < right
+
+
+@pytest.fixture
+def records():
+    steps = range(10, 610, 10)
+    train = [
+        {"step": s, "train/loss": 1 / s, "train/loss_c": None if s < 100 else 0.3} for s in steps
+    ]
+    return [*train, {"step": 600, "val/teacher_miou": 0.5}]
+
+
+def test_sheet_leaves_out_charts_without_records(tmp_path, records):
+    keys = [key for chart in visualize._CHARTS for key in chart.series]
+    never = {"train/separation": None}  # a key without any value
+    everything = [dict.fromkeys(keys, 0.5) | record for record in records]
+    visualize.save_curves(tmp_path / "two.png", [never | r for r in records], "csc")
+    visualize.save_curves(tmp_path / "all.png", everything, "csc")
+    two, all_charts = read(tmp_path / "two.png"), read(tmp_path / "all.png")
+    assert two.shape == (334, 880, 3)
+    assert all_charts.shape == (934, 1320, 3)
+
+
+def test_sheet_draws_the_lines(tmp_path, records):
+    visualize.save_curves(tmp_path / "c.png", records)
+    sheet = read(tmp_path / "c.png")
+    blue, orange = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+    for color, left, right in [(blue, 0, 440), (blue, 440, 880)]:
+        assert (sheet[:, left:right] == color).all(axis=-1).any()
+    assert not (sheet == orange).all(axis=-1)[:, 440:].any()  # the student was not scored
+
+
+def test_a_run_without_records_yields_a_png(tmp_path):
+    visualize.save_curves(tmp_path / "c.png", [], "csc")
+    assert read(tmp_path / "c.png") is not None
+
+
+def test_running_mean_is_centred():
+    ramp = np.arange(100.0)
+    np.testing.assert_allclose(visualize._running_mean(ramp, 5)[2:-2], ramp[2:-2])
+    np.testing.assert_allclose(visualize._running_mean(ramp, 5)[[0, -1]], [1, 98])
+
+
+def test_drawing_needs_neither_display_nor_pyplot(tmp_path):
+    code = (
+        "import sys, pathlib, numpy as np\n"
+        "from csc_jax import visualize\n"
+        f"visualize.save_curves(pathlib.Path({str(tmp_path / 'c.png')!r}), "
+        "[{'step': 1, 'train/loss': 1.0}])\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    environment = {"MPLCONFIGDIR": str(tmp_path), "PATH": ""}  # neither DISPLAY nor MPLBACKEND
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert read(tmp_path / "c.png") is not None
