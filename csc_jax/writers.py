@@ -154,6 +154,7 @@ class Progress:
         """Starts at `start` of `total` steps."""
         self._total, self._start = total, start
         self._since = time.perf_counter()
+        self._compiled = False
         self._miou = ""
         self._bar = None
         if sys.stderr.isatty():
@@ -172,10 +173,13 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        per_step = (time.perf_counter() - self._since) / max(step - self._start, 1)
+        now = time.perf_counter()
+        per_step = (now - self._since) / max(step - self._start, 1)
         seconds = round(per_step * (self._total - step))
         eta = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
         print(f"step {step}/{self._total}  {text}  ETA {eta}", flush=True)
+        if not self._compiled:  # the first steps took the compilation with them; forget their time
+            self._start, self._since, self._compiled = step, now, True
 
     def evaluated(self, step: int, miou: float) -> None:
         """Shows a new score, in [0, 1], and keeps it on the line."""

@@ -8,8 +8,10 @@ from pathlib import Path
 # JAX reads these when it is imported or first used, hence before any other import. They are
 # environment variables so that commands which a test starts inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Unoptimised programs compile in half the time, which is what tests spend theirs on.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 )
 os.environ["MPLBACKEND"] = "agg"
 # Tests build the same step again and again; compiled programs are shared by all of a session's

@@ -30,11 +30,11 @@ def tiny():
             num_classes=5,
             backbone="tiny",
             stem="7x7",
-            output_stride=16,
+            output_stride=32,
             projection_dim=6,
             aux_head=True,
             width=8,
-            aspp_rates=(2, 4),
+            aspp_rates=(8, 16),
             decoder_width=16,
         )
 
@@ -190,6 +190,17 @@ def test_gradient_of_dilated_convolution():
     by_taps, by_xla = gradient(lambda x, k: convolve(x, k, dilation=4)), gradient(plain)
     for ours, reference in zip(by_taps, by_xla, strict=True):
         np.testing.assert_allclose(ours, reference, atol=1e-5)
+
+
+def test_dilated_convolution_in_bfloat16_rounds_once():
+    rng = np.random.default_rng(2)
+    x, kernel = (
+        jnp.asarray(rng.integers(-9, 9, s), jnp.bfloat16) for s in [(1, 5, 6, 4), (3, 3, 4, 2)]
+    )
+    exact = convolve_slowly(np.float32(x), np.float32(kernel), stride=1, dilation=4)
+    out, pull_back = jax.vjp(lambda x, k: convolve(x, k, dilation=4), x, kernel)
+    np.testing.assert_array_equal(out, jnp.asarray(exact, jnp.bfloat16))
+    assert {g.dtype.name for g in pull_back(out)} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("ceil_mode", [True, False])

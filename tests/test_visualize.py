@@ -78,12 +78,15 @@ def test_panel_has_a_legend_entry_for_each_class(tmp_path):
 
 
 def test_large_pictures_of_several_sizes_fit_a_panel(tmp_path):
-    rows = [np.zeros((100, 2000), np.uint8), np.zeros((300, 200), np.uint8)]
+    wide = np.zeros((100, 2000), np.uint8)
+    wide[:, 1002:] = 2  # within a reduced column
+    rows = [wide, np.zeros((300, 200), np.uint8)]
     visualize.save_panel(tmp_path / "p.png", {"teacher": rows}, PALETTE, NAMES)
     panel = read(tmp_path / "p.png")
     assert panel.shape[1] == 480 + 2 * 8
-    road = (panel == PALETTE[0]).all(axis=-1).sum()
-    assert road == 480 * 24 + 300 * 200 + 14 * 14
+    road, sky, person = ((panel == color).all(axis=-1).sum() - 14 * 14 for color in PALETTE)
+    assert road + person == 480 * 24 + 300 * 200
+    assert sky == 0  # class 1 lies between 0 and 2, but ids are not averaged
 
 
 def test_pictures_are_as_wide_as_a_long_header(tmp_path):

@@ -64,17 +64,19 @@ def _convolve_by_taps(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Arr
     convolution are with padding.
     """
     size, height, width = kernel.shape[0], x.shape[1], x.shape[2]
-    out = jnp.zeros((*x.shape[:3], kernel.shape[-1]), x.dtype)
+    out = jnp.zeros((*x.shape[:3], kernel.shape[-1]))  # float32: nine roundings to bfloat16 add up
     for i in range(size):
         for j in range(size):
             dy, dx = (i - size // 2) * dilation, (j - size // 2) * dilation
             if abs(dy) >= height or abs(dx) >= width:
                 continue
             seen = x[:, max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)]
-            tap = jnp.einsum("bhwi,io->bhwo", seen, kernel[i, j])
+            tap = jnp.einsum(
+                "bhwi,io->bhwo", seen, kernel[i, j], preferred_element_type=jnp.float32
+            )
             pad_y, pad_x = (max(0, -dy), max(0, dy)), (max(0, -dx), max(0, dx))
             out = out + jnp.pad(tap, ((0, 0), pad_y, pad_x, (0, 0)))
-    return out
+    return out.astype(x.dtype)
 
 
 class Conv(nn.Module):
