@@ -1,6 +1,6 @@
 """CamVid (367 / 101 / 233 street scenes, 11 classes) at a size that two CPU cores can train.
 
-Command:    python -m csc_jax.main --config=configs/camvid.py --config.data.root=DIR --workdir=runs/camvid
+Command:    python -m csc_jax.main --config=configs/camvid.py --config.data.root=DIR --workdir=W
 Hardware:   2 CPU cores
 """
 

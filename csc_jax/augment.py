@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 
 
 def normalize_images(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """Maps RGB images (B, H, W, 3) on 0..255 to zero mean and unit deviation, float32."""
+    """Maps RGB images (B, H, W, 3) on 0..255 to zero mean and unit deviation."""
     pixels = images.astype(jnp.float32)
     return (pixels - jnp.asarray(mean)[None, None, None]) / jnp.asarray(std)[None, None, None]
 
 
 def photometric(key: Array, images: Array, config: ConfigDict) -> Array:
-    """Colour jitter, grey-scale and blur, each per image with its own probability (decisions.md 23).
+    """Colour jitter, grey-scale and blur, each with its own probability (decisions.md 23).
 
     Args:
       key: random key.
@@ -104,7 +104,7 @@ def mix(mask: Array, x: Array) -> Array:
 
 
 def nearest(x: Array, size: tuple[int, int]) -> Array:
-    """Samples (B, H, W) labels or masks down to (B, h, w) by nearest neighbour, as the lineage does."""
+    """Samples labels or masks (B, H, W) down to (B, h, w), nearest neighbour as in the lineage."""
     rows = (jnp.arange(size[0]) * x.shape[1]) // size[0]
     columns = (jnp.arange(size[1]) * x.shape[2]) // size[1]
     return x[:, rows][:, :, columns]

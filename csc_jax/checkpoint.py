@@ -1,4 +1,4 @@
-"""Checkpoints: the state, the data iterator and the resolved config, in one Orbax directory per step.
+"""Checkpoints: state, data iterator and resolved config, in one Orbax directory per step.
 
 Orbax writes into a temporary directory and renames it when complete, so a crash leaves nothing that
 a restart would take for a checkpoint.
@@ -34,7 +34,11 @@ class Checkpointer:
         policy = AnyPreservationPolicy(
             [
                 LatestN(keep),
-                BestN(get_metric_fn=lambda metrics: metrics["miou"], n=1),
+                BestN(
+                    get_metric_fn=lambda metrics: metrics["miou"],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
             ]
         )
         options = ocp.CheckpointManagerOptions(
@@ -50,7 +54,16 @@ class Checkpointer:
                 "--workdir of a training run."
             )
         try:
-            self._manager = ocp.CheckpointManager(directory, options=options)
+            self._manager = ocp.CheckpointManager(
+                directory,
+                options=options,
+                # Named here so that a new process can read shapes without having saved first.
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "iterator": ocp.JsonCheckpointHandler(),
+                    "run": ocp.JsonCheckpointHandler(),
+                },
+            )
         except OSError as error:
             raise UserError(
                 f"Checkpoints cannot be kept in {directory}: {error}. Choose a --workdir that can "

@@ -1,4 +1,4 @@
-"""Every field of a run, with its unit and its source; a file in `configs/` changes the few it needs.
+"""Every field of a run, with unit and source; a file in `configs/` changes the few it needs.
 
 `decisions.md N` is row N of the project's list of settled questions, `lineage` the family of
 public training codes that the paper builds on (U2PL, ContrastiveSeg, AEL).
@@ -22,10 +22,15 @@ def default_config() -> ConfigDict:
     c.data.name = "synthetic"  # synthetic | camvid | cityscapes | pascal_voc
     c.data.root = ""  # folder the user downloaded; unused by synthetic
     c.data.cache_dir = ""  # where ArrayRecord files go; "" = ~/.cache/csc_jax
-    c.data.labeled_fraction = "1/8"  # 1/2 | 1/4 | 1/8 | 1/16 | 1, share of the train split with labels
+    c.data.labeled_fraction = (
+        "1/8"  # 1/2 | 1/4 | 1/8 | 1/16 | 1, share of the train split with labels
+    )
     c.data.labeled_list = ""  # text file of ids, one a line; replaces the draw by seed
     c.data.unlabeled_list = ""  # text file of ids; "" = all train images not labelled
-    c.data.image_size = (0, 0)  # (height, width) px every image is resized to first; (0, 0) = own size
+    c.data.image_size = (
+        0,
+        0,
+    )  # (height, width) px every image is resized to first; (0, 0) = own size
     c.data.crop_size = (64, 64)  # (height, width) px of a training crop
     c.data.scale_range = (0.5, 2.0)  # random resize, ratio to the image (decisions.md 22)
     c.data.flip = True  # random horizontal flip (decisions.md 22)
@@ -50,7 +55,11 @@ def default_config() -> ConfigDict:
     c.model.stem = "deep"  # deep (three 3x3, lineage) | 7x7 (torchvision)
     c.model.width = 64  # channels of the backbone's first stage
     c.model.output_stride = 8  # 8 (lineage) | 16 | 32
-    c.model.multi_grid = (2, 2, 4)  # dilation multipliers of the last stage's blocks (lineage); () = off
+    c.model.multi_grid = (
+        2,
+        2,
+        4,
+    )  # dilation multipliers of the last stage's blocks (lineage); () = off
     c.model.aspp_rates = (12, 24, 36)  # dilations at output stride 8 (lineage)
     c.model.decoder_width = 256  # channels of each ASPP branch and of both heads (lineage)
     c.model.projection_dim = 256  # D, width of a pixel's contrastive feature (paper, Sec. III-B)
@@ -60,7 +69,9 @@ def default_config() -> ConfigDict:
     c.method = ConfigDict()
     c.method.name = "csc"  # a file of csc_jax/methods: supervised | mean_teacher | csc
     c.method.ema_decay = 0.99  # upper bound of the teacher's EMA decay (decisions.md 19)
-    c.method.supervised_only = 0  # steps on labels alone before the teacher starts (decisions.md 19)
+    c.method.supervised_only = (
+        0  # steps on labels alone before the teacher starts (decisions.md 19)
+    )
     c.method.supervised_only_epochs = 0.0  # the same in epochs; replaces the steps where > 0
     c.method.lambda_u = 1.0  # weight of L_u (Eq. 1, decisions.md 17)
     c.method.cutmix = 1.0  # probability of CutMix per unlabelled image (decisions.md 23)
@@ -73,8 +84,13 @@ def default_config() -> ConfigDict:
     c.method.pseudo_label.threshold = 0.7  # teacher's top probability (adaptive, confidence)
     c.method.pseudo_label.floor = 0.1  # lowest keep probability of a class (adaptive)
     c.method.pseudo_label.gamma = 1.0  # exponent of the keep rate (adaptive)
-    c.method.pseudo_label.confidence_ema = 0.999  # decay of the class-wise confidence bank (adaptive)
-    c.method.pseudo_label.percentile = (80.0, 100.0)  # teacher entropy, first to last step (entropy)
+    c.method.pseudo_label.confidence_ema = (
+        0.999  # decay of the class-wise confidence bank (adaptive)
+    )
+    c.method.pseudo_label.percentile = (
+        80.0,
+        100.0,
+    )  # teacher entropy, first to last step (entropy)
 
     c.contrast = ConfigDict()  # the paper's module, read by csc; Tables I to IV switch its parts
     c.contrast.weight = 1.0  # lambda_c (Eq. 1, decisions.md 17)

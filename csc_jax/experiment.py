@@ -71,8 +71,9 @@ def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray)
     sharding.check_batch_sizes(config, mesh)
 
     def logits(variables: dict[str, Any], images: jax.Array) -> jax.Array:
-        # Without projection head (decisions.md 16); unused parameters are dropped by `jit`.
-        return model.apply(variables, task.normalize(images), train=False, projection=False).logits
+        # Without projection head (decisions.md 16); `jit` drops its parameters, unused.
+        network = Network(variables["params"], variables["batch_stats"])
+        return task.eval_forward(network, images, projection=False).logits
 
     predict = evaluation.make_predictor(
         logits,

@@ -1,8 +1,8 @@
 """Command line: train, evaluate or predict.
 
-    python -m csc_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
-    python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
-    python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
+python -m csc_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
+python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
+python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
 """
 
 import difflib
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from csc_jax import config as config_lib
@@ -42,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit status: 0, or 2 for bad input."""
     log_to_terminal()
     try:
-        _parse(argv)
-        _run()
+        parse(argv)
+        dispatch()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,6 +58,7 @@ def log_to_terminal() -> None:
         log.addHandler(logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
     log.propagate = False  # absl has put a handler of its own on the root
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every save
 
 
 def run() -> None:
@@ -64,7 +66,8 @@ def run() -> None:
     sys.exit(main(sys.argv))
 
 
-def _run() -> None:
+def dispatch() -> None:
+    """Does what the parsed flags say."""
     config, workdir = _CONFIG.value, Path(_required(_WORKDIR, "the folder of the run"))
     if config.debug.compilation_cache:
         use_compilation_cache()
@@ -101,11 +104,11 @@ def _required(flag: flags.FlagHolder, what: str) -> str:
     return flag.value
 
 
-def _parse(argv: Sequence[str]) -> None:
+def parse(argv: Sequence[str]) -> None:
     """Parses flags; raises UserError with near misses for what is unknown or of the wrong type."""
     known = config_lib.flatten(config_lib.default_config())
     for argument in argv[1:]:
-        name, _, value = argument.lstrip("-").partition("=")
+        name = argument.lstrip("-").partition("=")[0]
         if not name.startswith("config."):
             continue
         field = name.removeprefix("config.").removeprefix("no")

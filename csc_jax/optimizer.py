@@ -51,9 +51,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
 
 def combine(optimizers: dict[str, optax.GradientTransformation]) -> optax.GradientTransformation:
     """Returns one optimizer over {network name: parameters} from one per network."""
-    return optax.multi_transform(
-        optimizers, lambda params: {name: name for name in params}
-    )
+    return optax.multi_transform(optimizers, lambda params: {name: name for name in params})
 
 
 def _outside_backbone(params: dict[str, Any]) -> dict[str, Any]:

@@ -21,13 +21,13 @@ class Probe:
         self._experiment = experiment
         self._lag = config.train.consistency_lag
         self._images = [source[i] for i in range(min(config.train.panels, len(source)))]
-        # Only methods that train the projection head have features whose consistency means anything.
+        # Features of an untrained projection head have no consistency worth measuring.
         self._measured = experiment.method.projection and bool(self._images)
         self._crops = _centre_crops(self._images, config.data.crop_size) if self._measured else None
         self._then: jax.Array | None = None
         method = experiment.method
 
-        def features(student: Network, images: jax.Array) -> jax.Array:
+        def features(student: Network, images: jax.Array) -> jax.Array | None:
             return method.task.eval_forward(student, images, projection=True).projection
 
         self._features = jax.jit(features)
@@ -44,7 +44,7 @@ class Probe:
             return None
         now = self._features(state.student, self._crops)
         then, self._then = self._then, now
-        return None if then is None else float(self._consistency(now, then))
+        return None if then is None or now is None else float(self._consistency(now, then))
 
     def panel(self, state: TrainState) -> dict[str, list[np.ndarray]]:
         """Returns the columns of a panel: header -> one picture an image."""

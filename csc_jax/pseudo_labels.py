@@ -41,7 +41,7 @@ def pseudo_labels(
 
 
 def keep_rate(class_confidence: Array, gamma: float) -> Array:
-    """Returns r_c = ((1 - conf_c) / max_k(1 - conf_k))^gamma, (C,) in [0, 1]: rare classes near 1."""
+    """Returns r_c = ((1 - conf_c) / max_k(1 - conf_k))^gamma, (C,): near 1 for rare classes."""
     doubt = 1.0 - class_confidence
     return (doubt / jnp.maximum(jnp.max(doubt), 1e-6)) ** gamma
 

@@ -48,9 +48,7 @@ def score(config: ConfigDict, workdir: Path, checkpoint: str) -> Scores:
     return scores
 
 
-def load(
-    config: ConfigDict, workdir: Path, checkpoint: str
-) -> tuple[Experiment, Network, int]:
+def load(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Experiment, Network, int]:
     """Restores the network that `config.eval.network` names, with its experiment and its step."""
     config_lib.validate(config)
     checkpointer = Checkpointer(workdir, read_only=True)

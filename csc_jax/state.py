@@ -11,8 +11,7 @@ from jax import Array
 from csc_jax.contrast import MemoryBank
 
 
-@struct.dataclass
-class Network:
+class Network(struct.PyTreeNode):
     """One network's variables."""
 
     params: Any  # pytree of float32
@@ -24,8 +23,7 @@ class Network:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """The state of a run; `tx` and `apply_fn` live outside it, so that it is arrays only."""
 
     step: Array  # () int32, optimizer steps done
@@ -44,7 +42,7 @@ class TrainState:
         }
 
     def with_trained(self, params: dict[str, Any], batch_stats: dict[str, Any]) -> "TrainState":
-        """Returns the state with new parameters and BatchNorm statistics of all trained networks."""
+        """Returns the state with new parameters and statistics of all trained networks."""
         networks = {name: Network(params[name], batch_stats[name]) for name in params}
         return self.replace(student=networks.pop("student"), companions=networks)
 

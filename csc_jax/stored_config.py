@@ -1,4 +1,4 @@
-"""A config file whose values are those of an existing run: `--config=csc_jax/stored_config.py:WORKDIR`.
+"""A config file with the values of an existing run: `--config=csc_jax/stored_config.py:WORKDIR`.
 
 `main` passes it where evaluate or predict are called without --config, so that fields of the stored
 config can be overridden like those of any other.
@@ -24,5 +24,6 @@ def get_config(workdir: str) -> ConfigDict:
         return from_plain(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}). Give the --workdir of a training run, or --config=FILE."
+            f"{path} cannot be read ({error}). Give the --workdir of a training run, or "
+            "--config=FILE."
         ) from error

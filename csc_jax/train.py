@@ -1,4 +1,4 @@
-"""The host loop: feeds the step, records, evaluates, draws, saves; and continues where it stopped."""
+"""The host loop: feeds the step, records, evaluates, draws, saves; continues where it stopped."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     data.write_partition(partition, workdir)
     (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
     log.info(
-        "%s on %s: %d labelled, %d unlabelled and %d %s images, %d classes, %s; step %d of %d in %s",
+        "%s on %s: %d labelled, %d unlabelled, %d %s images, %d classes, %s; step %d of %d in %s",
         config.method.name,
         dataset.name,
         len(partition.labeled),
@@ -82,20 +82,24 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
             if (cons := probe.measure(step, state)) is not None:
                 recorder.write(step, {"train/consistency": cons})
             miou = None
-            if step % config.train.eval_every == 0 or step == total:
+            evaluate_now = step % config.train.eval_every == 0 or step == total
+            save_now = step % config.checkpoint.every == 0 or step == total
+            if evaluate_now or save_now:
                 recorder.flush()
+            if evaluate_now:
                 scores = evaluate_and_draw(experiment, state, val, step, probe, writer, workdir)
                 miou = scores.miou
                 progress.evaluated(step, miou)
                 recorder.restart_clock()
-            if step % config.checkpoint.every == 0 or step == total:
+            if save_now:
                 checkpointer.save(step, state, iterator.get_state(), run, miou)
-        recorder.flush()
         progress.close()
     checkpointer.close()
     if scores is None:  # nothing was left to do
         scores = experiment.evaluate(getattr(state, config.eval.network), val)
-    log.info("%s on %s:\n%s", config.eval.network, config.eval.split, scores.table(dataset.class_names))
+    log.info(
+        "%s on %s:\n%s", config.eval.network, config.eval.split, scores.table(dataset.class_names)
+    )
     return scores
 
 
@@ -116,6 +120,21 @@ def evaluate_and_draw(
         for cls, value in zip(experiment.class_names, scores.iou, strict=True)
     }
     writer.write(step, {f"val/{name}_miou": scores.miou, **iou})
+    try:
+        _draw(experiment, state, step, probe, scores, workdir)
+    except OSError as error:  # a full disk must not end a run for a picture
+        log.warning("step %d: plots cannot be written (%s); training goes on", step, error)
+    return scores
+
+
+def _draw(
+    experiment: Experiment,
+    state: TrainState,
+    step: int,
+    probe: Probe,
+    scores: Scores,
+    workdir: Path,
+) -> None:
     method = experiment.config.method.name
     if experiment.config.train.panels:
         visualize.save_panel(
@@ -126,7 +145,6 @@ def evaluate_and_draw(
             f"{method}, step {step}, mIoU {100 * scores.miou:.1f}%",
         )
     visualize.save_curves(workdir / "plots" / "curves.png", read_metrics(workdir), method)
-    return scores
 
 
 def describe(experiment: Experiment) -> dict[str, Any]:
@@ -193,7 +211,7 @@ class _Recorder:
 
 
 class _BankWatch:
-    """Says when the bank became ready and when the enqueue gate all but freezes it (decisions.md 4)."""
+    """Says when the bank became ready, and when its gate all but freezes it (decisions.md 4)."""
 
     def __init__(self, steps_per_epoch: int):
         self._epoch = steps_per_epoch

@@ -67,7 +67,7 @@ def compile_init(
 def compile_step(
     method: Method, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the jitted step over the mesh: batch split along "data", state replicated and donated."""
+    """Returns the jitted step: batch split along "data", state replicated and donated."""
     everywhere = replicated(mesh)
     return jax.jit(
         lambda state, batch: train_step(method, tx, state, batch),

@@ -270,8 +270,11 @@ def update(bank, rng, **options):
     labels = jnp.asarray(rng.integers(0, classes, (images, 6)))
     new = jnp.asarray(rng.normal(size=(images, classes, 2, dim)), jnp.float32)
     valid = jnp.ones((images, 6), bool), jnp.ones((images, classes, 2), bool)
-    return queries, labels, new, contrast.update_memory_bank(
-        bank, queries, labels, valid[0], new, valid[1], **options
+    return (
+        queries,
+        labels,
+        new,
+        contrast.update_memory_bank(bank, queries, labels, valid[0], new, valid[1], **options),
     )
 
 

@@ -150,4 +150,6 @@ def test_normalize_images():
     images = jnp.broadcast_to(jnp.asarray(c.mean), (1, 2, 2, 3))
     np.testing.assert_allclose(augment.normalize_images(images, c.mean, c.std), 0.0, atol=1e-6)
     bright = augment.normalize_images(jnp.full((1, 1, 1, 3), 255, jnp.uint8), c.mean, c.std)
-    np.testing.assert_allclose(bright[0, 0, 0], (255 - np.array(c.mean)) / np.array(c.std), rtol=1e-6)
+    np.testing.assert_allclose(
+        bright[0, 0, 0], (255 - np.array(c.mean)) / np.array(c.std), rtol=1e-6
+    )

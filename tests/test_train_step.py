@@ -1,4 +1,4 @@
-"""The step: equal on one and several devices, learning, and changing the state as the equations say."""
+"""The step: equal on one and several devices, learning, faithful to the equations."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ def test_training_lowers_the_loss_and_fills_the_bank(csc_run):
     state, history = csc_run
     first, last = (np.mean([m["loss_s"] for m in part]) for part in (history[:3], history[-3:]))
     assert last < 0.7 * first
-    assert history[0]["ready"] == 0.0 and history[-1]["ready"] == 1.0
+    assert history[0]["ready"] == 0.0
+    assert history[-1]["ready"] == 1.0
     assert state.bank.count.min() >= 1
     norms = np.linalg.norm(state.bank.features, axis=-1)
     np.testing.assert_allclose(norms[np.arange(6) < state.bank.count[:, None]], 1.0, rtol=1e-5)

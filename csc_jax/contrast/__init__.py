@@ -1,4 +1,4 @@
-"""Consistency and separation regularisation for contrastive learning, the paper's Sections III-B and III-C.
+"""Consistency and separation regularisation for contrastive learning (paper, Sec. III-B and III-C).
 
 Imports JAX alone and knows nothing of networks, data or optimizers: hand it features, labels and
 predictions from any training loop. All functions are pure and run under `jit` with fixed shapes.

@@ -13,7 +13,8 @@ class MemoryBank(NamedTuple):
     """One first-in-first-out queue of unit-length features per class; a pytree."""
 
     features: Array  # (C, S, D) float32; entries at or past `count` are zero
-    count: Array  # (C,) int32, entries in use, L_c of Eq. 8c
+    # Shadows tuple.count, which nobody asks of a bank.
+    count: Array  # type: ignore[assignment]  # (C,) int32, entries in use, L_c of Eq. 8c
     cursor: Array  # (C,) int32, slot that the next entry overwrites
     best_separation: Array  # () float32, Separ_b: smallest Separ seen so far, infinite at first
 
@@ -24,7 +25,7 @@ class MemoryBank(NamedTuple):
 
 
 def init_memory_bank(num_classes: int, size: int, dim: int) -> MemoryBank:
-    """Returns an empty bank of `size` (S) entries of width `dim` (D) for each of `num_classes` (C)."""
+    """Returns an empty bank: `num_classes` (C) queues of `size` (S) entries of width `dim` (D)."""
     if min(num_classes, size, dim) < 1:
         raise ValueError(
             f"num_classes, size and dim must be positive, got {num_classes}, {size}, {dim}"
@@ -69,7 +70,7 @@ def consistency_step(
     Returns:
       The bank with new features. A class without a query, and every free slot, is left alone.
     """
-    num_classes, _, dim = bank.features.shape
+    num_classes = bank.features.shape[0]
     _check_sampled(bank, queries, labels, valid)
     if class_mean not in ("per_image", "pooled"):
         raise ValueError(f"class_mean must be 'per_image' or 'pooled', got {class_mean!r}")

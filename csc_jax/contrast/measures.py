@@ -47,7 +47,7 @@ def consistency(now: Array, then: Array, mask: Array | None = None) -> Array:
 
 
 def class_separation(bank: MemoryBank) -> Array:
-    """Returns (C,) float32: each class's mean cosine similarity to the other classes' means (Fig. 4)."""
+    """Returns (C,) float32: a class mean's mean cosine similarity to the others' (Fig. 4)."""
     means = class_means(bank)
     gram = jnp.matmul(means, means.T, precision=jax.lax.Precision.HIGHEST)
     others = jnp.sum(gram, axis=1) - jnp.diagonal(gram)

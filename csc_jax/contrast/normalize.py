@@ -5,7 +5,7 @@ from jax import Array
 
 
 def normalize(x: Array, epsilon: float = 1e-12) -> Array:
-    """Scales the last axis of `x` (..., D) to length 1; a zero vector stays zero, gradient included.
+    """Scales the last axis of `x` (..., D) to length 1; zero stays zero and has a finite gradient.
 
     `sqrt` has no finite derivative at 0, so the length is floored before the root, not after it.
     """

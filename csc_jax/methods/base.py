@@ -11,11 +11,10 @@ so a method may train several networks (`companions`), give each an optimizer of
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import Array
@@ -31,8 +30,7 @@ from csc_jax.state import Network, TrainState
 Batch = dict[str, dict[str, Array]]
 
 
-@struct.dataclass
-class Pixels:
+class Pixels(struct.PyTreeNode):
     """What a contrastive module on top of a method needs, at stride 4; labelled images first."""
 
     features: Array  # (B, h, w, D) float32, the student's projection, not normalised
@@ -41,8 +39,7 @@ class Pixels:
     predictions: Array  # (B, h, w) int32, the student's
 
 
-@struct.dataclass
-class LossOutputs:
+class LossOutputs(struct.PyTreeNode):
     """What a loss hands on beside its value."""
 
     batch_stats: dict[str, Any]  # new BatchNorm statistics of every trained network, by name
@@ -89,9 +86,10 @@ class Task:
     def eval_forward(self, network: Network, images: Array, *, projection: bool = False) -> Outputs:
         """Runs a network in evaluation mode on images (B, H, W, 3) on 0..255, without gradient."""
         variables = jax.lax.stop_gradient(network.variables)
-        return self.model.apply(
+        outputs = self.model.apply(
             variables, self.normalize(images), train=False, projection=projection
         )
+        return cast(Outputs, outputs)
 
     def supervised_loss(self, logits: Array, aux: Array | None, labels: Array) -> Array:
         """Returns L_s (Eq. 2, decisions.md 21), the auxiliary head's weighted loss included.
@@ -101,7 +99,7 @@ class Task:
           aux: (B, h', w', C) float32, or None where the network has no auxiliary head.
           labels: (B, H, W) ground truth.
         """
-        config, size = self.config.loss, labels.shape[1:]
+        config, size = self.config.loss, (labels.shape[1], labels.shape[2])
 
         def loss(scores: Array) -> Array:
             scores = resize_aligned(scores, size)

@@ -21,6 +21,8 @@ from csc_jax.methods.base import Batch, LossOutputs, Method, Pixels, Task
 from csc_jax.methods.mean_teacher import MeanTeacher
 from csc_jax.state import TrainState
 
+BankUpdate = tuple[contrast.MemoryBank, dict[str, Array]]
+
 
 class CSC(Method):
     """L = L_base + lambda_c L_c, with L_p in place of L_c until the memory bank is ready."""
@@ -51,6 +53,7 @@ class CSC(Method):
     ) -> tuple[Array, LossOutputs]:
         base_key, sample_key = jax.random.split(key)
         total, outputs = self.base.loss(params, state, batch, base_key)
+        assert outputs.pixels is not None  # the base was built `with_pixels`
         queries = self._sample(sample_key, outputs.pixels)
         loss_c = self._contrastive_loss(state, queries)
         total = total + self.task.config.contrast.weight * loss_c
@@ -68,6 +71,7 @@ class CSC(Method):
         state, metrics = self.base.update(state, base_outputs, base_key)
         if state.bank is None:
             return state, metrics
+        assert outputs.pixels is not None
         bank, bank_metrics = self._update_bank(
             enqueue_key, state, outputs.pixels, outputs.carry["queries"]
         )
@@ -88,7 +92,9 @@ class CSC(Method):
         images, height, width, dim = pixels.features.shape
         flat = (images, height * width)
 
-        def draw(key: Array, features: Array, labels: Array, predictions: Array):
+        def draw(
+            key: Array, features: Array, labels: Array, predictions: Array
+        ) -> contrast.Samples:
             return contrast.semi_hard_sample(
                 key,
                 features,
@@ -145,11 +151,11 @@ class CSC(Method):
 
     def _update_bank(
         self, key: Array, state: TrainState, pixels: Pixels, queries: contrast.Samples
-    ) -> tuple[contrast.MemoryBank, dict[str, Array]]:
+    ) -> BankUpdate:
         """Runs the gated update, in the steps in which one is due."""
         config = self.task.config.contrast
 
-        def update(bank: contrast.MemoryBank):
+        def update(bank: contrast.MemoryBank) -> BankUpdate:
             images, height, width, dim = pixels.bank_features.shape
             features = pixels.bank_features.reshape(images, height * width, dim)
 
@@ -185,7 +191,7 @@ class CSC(Method):
                 absent=config.absent_classes,
             )
 
-        def leave(bank: contrast.MemoryBank):
+        def leave(bank: contrast.MemoryBank) -> BankUpdate:
             nan = jnp.full((), jnp.nan)
             return bank, {
                 "ready": self._ready(bank).astype(jnp.float32),

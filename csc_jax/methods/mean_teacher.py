@@ -1,12 +1,12 @@
-"""The paper's semi-supervised baseline: an EMA teacher's pseudo-labels on CutMix views (Eq. 1 to 4).
+"""The paper's semi-supervised baseline: an EMA teacher labels CutMix views (Eq. 1 to 4).
 
 The teacher labels the weak view of an unlabelled image, the mask M drops unreliable pixels, images
 and pseudo-labels are mixed by CutMix, and the student learns them together with the labelled batch
 in one forward pass, so that BatchNorm sees both (decisions.md 13, 19, 23).
 
 For the first `method.supervised_only` steps L_u has weight 0 and the teacher is a copy of the
-student. The unlabelled images still pass through the network then, for the one compiled step's sake,
-so that BatchNorm statistics know them from the start.
+student. The unlabelled images still pass through the network then, for the sake of one compiled
+step, so BatchNorm's statistics know them from the start.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ class MeanTeacher(Method):
         mask_key, photo_key, mix_key, dropout_key = jax.random.split(key, 4)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
-        size = inside.shape[1:]  # (H, W)
+        size = (inside.shape[1], inside.shape[2])  # (H, W)
         images_l = labeled["image"].shape[0]
 
         pseudo = self.pseudo_labels(mask_key, state, weak, inside)  # (Bu, H, W)
@@ -80,14 +80,15 @@ class MeanTeacher(Method):
         metrics = {"loss_s": loss_s, "loss_u": loss_u}
         metrics |= _pseudo_label_metrics(pseudo, inside, unlabeled["label"])
         carry = {"logits_l": jax.lax.stop_gradient(student.logits[:images_l])}
-        carry["labels_l"] = augment.nearest(labeled["label"], student.logits.shape[1:3])
+        carry["labels_l"] = augment.nearest(labeled["label"], _size(student.logits))
         return total, LossOutputs({"student": batch_stats}, metrics, pixels, carry)
 
     def pseudo_labels(
         self, key: Array, state: TrainState, images: Array, inside: Array | None = None
     ) -> Array:
-        """See `Method.pseudo_labels`; pixels outside `inside` (B, H, W), all by default, get none."""
-        logits = resize_aligned(self.task.eval_forward(state.teacher, images).logits, images.shape[1:3])
+        """See `Method.pseudo_labels`; pixels outside `inside` (B, H, W) get none."""
+        logits = self.task.eval_forward(state.teacher, images).logits
+        logits = resize_aligned(logits, _size(images))
         return pseudo_labels(
             key,
             jax.nn.softmax(logits),
@@ -118,19 +119,30 @@ class MeanTeacher(Method):
     ) -> Array:
         """(B, h, w, D): the student's features, or the teacher's, mixed as the images were."""
         if not self.teacher_features:
-            return jax.lax.stop_gradient(student.projection)
+            return jax.lax.stop_gradient(_projection(student))
         images = jnp.concatenate([labeled, weak])
-        features = self.task.eval_forward(state.teacher, images, projection=True).projection
+        features = _projection(self.task.eval_forward(state.teacher, images, projection=True))
         features_l, features_u = features[: labeled.shape[0]], features[labeled.shape[0] :]
-        small = augment.nearest(mask, features.shape[1:3])
+        small = augment.nearest(mask, _size(features))
         return jnp.concatenate([features_l, augment.mix(small, features_u)])
 
 
+def _projection(outputs: Outputs) -> Array:
+    """(B, h, w, D) of a network that was asked for it."""
+    assert outputs.projection is not None
+    return outputs.projection
+
+
+def _size(x: Array) -> tuple[int, int]:
+    """(height, width) of (B, H, W, K)."""
+    return x.shape[1], x.shape[2]
+
+
 def _pixels(student: Outputs, bank_features: Array, labels: Array, pseudo: Array) -> Pixels:
-    size = student.logits.shape[1:3]  # (h, w)
+    size = _size(student.logits)
     both = jnp.concatenate([labels.astype(jnp.int32), pseudo])
     return Pixels(
-        features=student.projection,
+        features=_projection(student),
         bank_features=bank_features,
         labels=augment.nearest(both, size),
         predictions=jnp.argmax(student.logits, axis=-1).astype(jnp.int32),
@@ -138,7 +150,7 @@ def _pixels(student: Outputs, bank_features: Array, labels: Array, pseudo: Array
 
 
 def _pseudo_label_metrics(pseudo: Array, inside: Array, truth: Array) -> dict[str, Array]:
-    """Kept share of the pixels, and the share of the kept ones that are right where truth exists."""
+    """Kept share of the pixels, and right share of the kept ones whose truth is known."""
     kept = pseudo != losses.IGNORE
     judged = kept & (truth != losses.IGNORE)
     right = judged & (pseudo == truth.astype(jnp.int32))

@@ -1,4 +1,4 @@
-"""SupOnly: cross entropy on the labelled images alone (Eq. 2), the lower bound of Tables V and VIII.
+"""SupOnly: cross entropy on the labelled images alone (Eq. 2), lower bound of Tables V and VIII.
 
 An EMA of the student is kept here too, so that "the teacher is what is evaluated" holds for every
 row and a gain of the others is not the gain of weight averaging.
@@ -38,7 +38,7 @@ class Supervised(Method):
 
 
 def teacher_decay(step: Array, start: int, limit: float) -> Array:
-    """Returns min(1 - 1/(t + 1), limit), t counted from `start`; 0, a copy, before (decisions.md 19)."""
+    """Returns min(1 - 1/(t + 1), limit), t from `start`; before it 0, a copy (decisions.md 19)."""
     t = jnp.maximum(step - start, 0).astype(jnp.float32)
     return jnp.minimum(1.0 - 1.0 / (t + 1.0), limit)
 
