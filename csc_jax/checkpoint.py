@@ -26,7 +26,10 @@ class Restored:
 
 
 class Checkpointer:
-    """Saves asynchronously; keeps the newest `keep` checkpoints and the best one by mIoU."""
+    """Saves asynchronously; keeps the newest `keep` checkpoints and the best one by mIoU.
+
+    A context manager: leaving it waits for writes under way, also where the run fails.
+    """
 
     def __init__(self, workdir: Path, keep: int = 2, *, read_only: bool = False):
         directory = Path(workdir).absolute() / "checkpoints"
@@ -69,6 +72,12 @@ class Checkpointer:
                 f"Checkpoints cannot be kept in {directory}: {error}. Choose a --workdir that can "
                 "be written to."
             ) from error
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def save(
         self,

@@ -51,12 +51,17 @@ def score(config: ConfigDict, workdir: Path, checkpoint: str) -> Scores:
 def load(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Experiment, Network, int]:
     """Restores the network that `config.eval.network` names, with its experiment and its step."""
     config_lib.validate(config)
-    checkpointer = Checkpointer(workdir, read_only=True)
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        return _restore(config, checkpointer, checkpoint)
+
+
+def _restore(
+    config: ConfigDict, checkpointer: Checkpointer, checkpoint: str
+) -> tuple[Experiment, Network, int]:
     run = checkpointer.describe(checkpoint)
     config = config_lib.resolve(config, steps_per_epoch=1)  # lengths do not matter here
     experiment = build(config, tuple(run["class_names"]), np.asarray(run["palette"], np.uint8))
     restored = checkpointer.restore(experiment.abstract_state(), checkpoint)
-    checkpointer.close()
     assert restored is not None  # `describe` has found it
     return experiment, getattr(restored.state, config.eval.network), int(restored.state.step)
 

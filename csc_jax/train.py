@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -40,9 +41,20 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     iterator = data.train_iterator(config, dataset, partition)
     val = dataset.source(config.eval.split)
     experiment = build(config, dataset.class_names, dataset.palette)
-    total = config.train.steps
 
-    checkpointer = Checkpointer(workdir, config.checkpoint.keep)
+    with Checkpointer(workdir, config.checkpoint.keep) as checkpointer:
+        return _train(experiment, partition, iterator, val, checkpointer, workdir)
+
+
+def _train(
+    experiment: Experiment,
+    partition: data.Partition,
+    iterator: grain.DatasetIterator,
+    val: data.Source,
+    checkpointer: Checkpointer,
+    workdir: Path,
+) -> Scores:
+    config, total = experiment.config, experiment.config.train.steps
     run = describe(experiment)
     restored = checkpointer.restore(experiment.abstract_state())
     if restored is None:
@@ -56,7 +68,7 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     log.info(
         "%s on %s: %d labelled, %d unlabelled, %d %s images, %d classes, %s; step %d of %d in %s",
         config.method.name,
-        dataset.name,
+        config.data.name,
         len(partition.labeled),
         len(partition.unlabeled),
         len(val),
@@ -94,11 +106,13 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
             if save_now:
                 checkpointer.save(step, state, iterator.get_state(), run, miou)
         progress.close()
-    checkpointer.close()
     if scores is None:  # nothing was left to do
         scores = experiment.evaluate(getattr(state, config.eval.network), val)
     log.info(
-        "%s on %s:\n%s", config.eval.network, config.eval.split, scores.table(dataset.class_names)
+        "%s on %s:\n%s",
+        config.eval.network,
+        config.eval.split,
+        scores.table(experiment.class_names),
     )
     return scores
 

@@ -63,7 +63,7 @@ def test_configs_survive_json():
     config = tiny_config(contrast__absent_classes=(1, 2))
     again = config_lib.from_plain(json.loads(json.dumps(config_lib.to_plain(config))))
     assert config_lib.flatten(again) == config_lib.flatten(config)
-    with pytest.raises(UserError, match="'model.legs'"):
+    with pytest.raises(UserError, match=r"'model\.legs'"):
         config_lib.from_plain({"model.legs": 4})
 
 

@@ -110,7 +110,7 @@ def test_a_run_cut_off_continues_with_the_very_next_batch(whole, folder, monkeyp
     monkeypatch.undo()
     # What a crash in the middle of a save leaves must not be taken for a checkpoint.
     torn = workdir / "checkpoints" / "5.orbax-checkpoint-tmp-1"
-    shutil.copytree(workdir / "checkpoints" / "3" / "run", torn / "run")
+    shutil.copytree(workdir / "checkpoints" / "3", torn)
     train(config, workdir)
 
     expected, found = final_state(config, reference), final_state(config, workdir)
@@ -171,7 +171,7 @@ def test_bad_settings_fail_before_anything_compiles(folder, tmp_path, monkeypatc
 
     monkeypatch.setattr(jax, "jit", fail)
     for overrides, message in (
-        ({"batch__labeled": 3}, r"batch.labeled is 3, .*4 devices"),
+        ({"batch__labeled": 3, "parallel__devices": 4}, r"batch.labeled is 3, .*4 devices"),
         ({"parallel__devices": 9}, r"parallel.devices is 9"),
         ({"data__crop_size": (64, 64)}, r"data.crop_size is 64x64"),
         ({"method__name": "cscc"}, r"Did you mean 'csc'"),

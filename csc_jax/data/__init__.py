@@ -5,6 +5,8 @@ labelled, `train_iterator` and `eval_batches` make batches of them.
 """
 
 import difflib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
@@ -29,7 +31,11 @@ __all__ = [
     "write_partition",
 ]
 
-_FOLDERS = {"camvid": camvid, "cityscapes": cityscapes, "pascal_voc": pascal_voc}
+_FOLDERS: dict[str, ModuleType] = {
+    "camvid": camvid,
+    "cityscapes": cityscapes,
+    "pascal_voc": pascal_voc,
+}
 
 
 def load(config: ConfigDict) -> Dataset:
@@ -46,6 +52,8 @@ def load(config: ConfigDict) -> Dataset:
         raise UserError(
             f"data.image_size is {size}; give height and width in px, or (0, 0) for own size."
         )
+    module: ModuleType
+    splits: Mapping[str, Sequence[builder.Example]]
     if config.name == "synthetic":
         module, splits = synthetic, synthetic.scenes(config.synthetic)
     elif config.name in _FOLDERS:

@@ -150,25 +150,26 @@ def prepare(
     """
     root = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "csc_jax"
     folder = root / f"{name}-{_fingerprint(splits, image_size)}"
-    builder = _Segmentation(splits, image_size, data_dir=os.fspath(folder))
+    builder = Segmentation(splits, image_size, data_dir=os.fspath(folder))
     if not builder.data_path.exists():
         count = sum(map(len, splits.values()))
         log.info("Preparing %s: checking %d images and storing them in %s", name, count, folder)
         _store(builder, root)
-        builder = _Segmentation(splits, image_size, data_dir=os.fspath(folder))
+    # The stored folder describes itself; its reader can go to another process, `builder` cannot.
+    stored = tfds.builder_from_directory(builder.data_path)
     raw = tfds.decode.SkipDecoding()
     sources = {
         split: Source(
             ids=tuple(example.id for example in examples),
-            max_size=tuple(builder.info.metadata["max_size"][split]),
-            records=builder.as_data_source(split=split, decoders={"image": raw, "label": raw}),
+            max_size=tuple(stored.info.metadata["max_size"][split]),
+            records=stored.as_data_source(split=split, decoders={"image": raw, "label": raw}),
         )
         for split, examples in splits.items()
     }
     return Dataset(name, class_names, palette, sources)
 
 
-class _Segmentation(tfds.core.GeneratorBasedBuilder):
+class Segmentation(tfds.core.GeneratorBasedBuilder):
     """Stores id, encoded image and PNG label of every example; fails as a whole on any bad one."""
 
     VERSION = tfds.core.Version("1.0.0")  # raise when what is stored for an example changes
@@ -232,7 +233,7 @@ class _Segmentation(tfds.core.GeneratorBasedBuilder):
         return record, label.shape
 
 
-def _store(builder: _Segmentation, root: Path) -> None:
+def _store(builder: Segmentation, root: Path) -> None:
     # Progress bars and notes about downloads; `prepare` has said in one line what happens.
     tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -259,7 +260,7 @@ def _describe(problems: Sequence[str]) -> str:
 
 
 def _fingerprint(splits: Mapping[str, Sequence[Example]], image_size: tuple[int, int]) -> str:
-    digest = hashlib.sha256(f"{_Segmentation.VERSION} {tuple(image_size)}".encode())
+    digest = hashlib.sha256(f"{Segmentation.VERSION} {tuple(image_size)}".encode())
     for split, examples in splits.items():
         digest.update(f"\n{split} {len(examples)}".encode())
         for example in examples:

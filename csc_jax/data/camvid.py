@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from csc_jax.data.builder import Pair, label_ids
-from csc_jax.data.folders import existing_root, non_empty
+from csc_jax.data.folders import checked, existing_root
 from csc_jax.data.transforms import IGNORE
 
 CLASS_NAMES = (
@@ -55,7 +55,7 @@ def find(root: str) -> dict[str, list[Pair]]:
     splits = {split: _pairs(folder, split) for split in ("train", "val", "test")}
     if not splits["test"]:
         del splits["test"]
-    return non_empty(splits, folder, "images/<split>/*.jpg")
+    return checked(splits, folder, "images/<split>/*.jpg")
 
 
 def _pairs(folder: Path, split: str) -> list[Pair]:

@@ -47,33 +47,31 @@ class Canvas:
           near: distance of the shapes as in `Canvas.near`, one number or (H, W).
           grain: strength of the three textures, relative to the colour.
         """
-        cut = self._window(polygons)
-        if cut is None:
-            return
-        window, inside = cut
-        shade = 1 + self.textures[window][inside] @ np.array(grain, np.float32)  # (pixels,)
-        self.image[window][inside] = shade[:, None] * color.astype(np.float32)
-        self.label[window][inside] = class_id
-        self.near[window][inside] = near[window][inside] if isinstance(near, np.ndarray) else near
+        pixels = self._inside(polygons)
+        shade = 1 + self._flat(self.textures)[pixels] @ np.array(grain, np.float32)
+        self._flat(self.image)[pixels] = shade[:, None] * color.astype(np.float32)
+        self.label.ravel()[pixels] = class_id
+        self.near.ravel()[pixels] = near.ravel()[pixels] if isinstance(near, np.ndarray) else near
 
     def darken(self, polygons: np.ndarray, factor: float) -> None:
         """Multiplies the light inside shapes (N, K, 2); the classes stay."""
-        cut = self._window(polygons)
-        if cut is not None:
-            window, inside = cut
-            self.image[window][inside] *= factor
+        self._flat(self.image)[self._inside(polygons)] *= factor
 
-    def _window(self, polygons: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray] | None:
-        """Returns the bounding box of the shapes, and their mask in it; None if off the canvas."""
+    def _flat(self, maps: np.ndarray) -> np.ndarray:
+        return maps.reshape(-1, maps.shape[-1])  # a view
+
+    def _inside(self, polygons: np.ndarray) -> np.ndarray:
+        """Returns the positions, in the flattened canvas, of all pixels inside the shapes."""
+        # Only their bounding box is rasterised: most shapes are small.
         low, high = polygons.min((0, 1)), polygons.max((0, 1))
         x0, y0 = max(int(low[0]) - 1, 0), max(int(low[1]) - 1, 0)
         x1, y1 = min(int(high[0]) + 2, self.width), min(int(high[1]) + 2, self.height)
-        if x0 >= x1 or y0 >= y1:
-            return None
-        mask = np.zeros((y1 - y0, x1 - x0), np.uint8)
-        corners = ((polygons - (x0, y0)) * (1 << _SUBPIXEL_BITS)).astype(np.int32)
-        cv2.fillPoly(mask, list(corners), 1, shift=_SUBPIXEL_BITS)
-        return np.s_[y0:y1, x0:x1], mask.view(bool)
+        mask = np.zeros((max(y1 - y0, 0), max(x1 - x0, 0)), np.uint8)
+        if mask.size:
+            corners = ((polygons - (x0, y0)) * (1 << _SUBPIXEL_BITS)).astype(np.int32)
+            cv2.fillPoly(mask, list(corners), 1, shift=_SUBPIXEL_BITS)
+        rows, columns = np.nonzero(mask)
+        return (rows + y0) * self.width + columns + x0
 
 
 def polygon(*points: tuple[float, float]) -> np.ndarray:

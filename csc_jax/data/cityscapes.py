@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from csc_jax.data.builder import Pair, label_ids
-from csc_jax.data.folders import existing_root, non_empty
+from csc_jax.data.folders import checked, existing_root
 from csc_jax.data.transforms import IGNORE
 
 # name, label id in the PNG files, colour; the order is that of the official train ids.
@@ -54,7 +54,7 @@ def find(root: str) -> dict[str, list[Pair]]:
     """
     folder = existing_root(root, "the unpacked Cityscapes archives: leftImg8bit/ and gtFine/")
     splits = {split: _pairs(folder, split) for split in ("train", "val")}
-    return non_empty(splits, folder, "leftImg8bit/<split>/<city>/*_leftImg8bit.png")
+    return checked(splits, folder, "leftImg8bit/<split>/<city>/*_leftImg8bit.png")
 
 
 def _pairs(folder: Path, split: str) -> list[Pair]:

@@ -18,12 +18,20 @@ def existing_root(root: str, layout: str) -> Path:
     return folder
 
 
-def non_empty(splits: dict[str, list[Pair]], folder: Path, pattern: str) -> dict[str, list[Pair]]:
-    """Returns `splits` unless one of them has no image, which is a UserError."""
+def checked(splits: dict[str, list[Pair]], folder: Path, pattern: str) -> dict[str, list[Pair]]:
+    """Returns `splits`; UserError if one has no image, or two images under one id."""
     empty = [split for split, pairs in splits.items() if not pairs]
     if empty:
         raise UserError(
-            f"data.root {folder} has no images for the split{'s' * (len(empty) > 1)} "
-            f"{', '.join(empty)}; expected {pattern} there."
+            f"data.root {folder} has no images for {', '.join(empty)}; expected {pattern} there."
         )
+    for split, pairs in splits.items():
+        seen: dict[str, Path] = {}
+        for pair in pairs:
+            if pair.id in seen:
+                raise UserError(
+                    f"data.root {folder} has two images {pair.id} in {split}, {seen[pair.id]} and "
+                    f"{pair.image}; keep one of them."
+                )
+            seen[pair.id] = pair.image
     return splits

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from csc_jax.data.builder import Pair, label_ids
-from csc_jax.data.folders import existing_root, non_empty
+from csc_jax.data.folders import checked, existing_root
 from csc_jax.data.transforms import IGNORE
 from csc_jax.errors import UserError
 
@@ -41,11 +41,9 @@ CLASS_NAMES = (
 
 def _colormap() -> np.ndarray:
     """The official palette, (256, 3) uint8 RGB: the bits of the index dealt out to R, G and B."""
-    index = np.arange(256)[:, None]
-    channel = np.arange(3)
-    return sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)).astype(
-        np.uint8
-    )
+    index, channel = np.arange(256)[:, None], np.arange(3)
+    bits = [((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)]
+    return np.sum(bits, axis=0).astype(np.uint8)
 
 
 _COLORMAP = _colormap()
@@ -72,7 +70,7 @@ def find(root: str) -> dict[str, list[Pair]]:
         else _pairs(folder, "train", folder / "SegmentationClass"),
         "val": _pairs(folder, "val", folder / "SegmentationClass"),
     }
-    return non_empty(splits, folder, "ids in ImageSets/Segmentation/<split>.txt")
+    return checked(splits, folder, "ids in ImageSets/Segmentation/<split>.txt")
 
 
 def _list_file(folder: Path, name: str) -> Path:

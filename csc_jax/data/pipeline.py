@@ -33,7 +33,9 @@ class WeakAugmentation(grain.transforms.RandomMap):
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         image, label = element["image"], element["label"]
         image, label = transforms.random_resize(image, label, rng, self.scale_range)
-        maps = transforms.random_crop(image, label, rng, self.crop_size, self.fill)
+        maps: tuple[np.ndarray, ...] = transforms.random_crop(
+            image, label, rng, self.crop_size, self.fill
+        )
         if self.flip:
             maps = transforms.random_flip(maps, rng)
         return dict(zip(("image", "label", "inside"), maps, strict=True))

@@ -112,7 +112,7 @@ def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, n
     else:
         _street_across(canvas)
     image = cv2.resize(_light(canvas), size[::-1], interpolation=cv2.INTER_AREA)
-    image += rng.uniform(0, 0.035) * rng.standard_normal(image.shape, np.float32)
+    image = image + rng.uniform(0, 0.035) * rng.standard_normal(image.shape, np.float32)
     label = canvas.label[::_OVERSAMPLE, ::_OVERSAMPLE].copy()
     return (image.clip(0, 1) * 255).round().astype(np.uint8), label
 
@@ -285,7 +285,7 @@ def _kerbs_and_lanes(
     if rng.random() < 0.6:
         rows = 1 / np.linspace(1, 8, rng.integers(8, 22))
         sides = ((-4 * c.width, left - 2 * wide), (right + 2 * wide, 5 * c.width))
-        joints = [view.strip(*s, row, row * 1.03) for s in sides for row in rows if row > 0.12]
+        joints = [view.strip(a, b, row, row * 1.03) for a, b in sides for row in rows if row > 0.12]
         c.paint(np.concatenate(joints), PAVEMENT, stone * rng.uniform(0.6, 1.1), ground)
     if rng.random() < 0.75:
         color = hsv(rng, (0.08, 0.16), (0.0, 0.5 * rng.integers(2)), (0.65, 1.0))
@@ -339,8 +339,8 @@ def _light(c: Canvas) -> np.ndarray:
     across = np.linspace(-1, 1, c.width) * rng.normal(0, 0.18)
     down = np.linspace(-1, 1, c.height)[:, None] * rng.normal(0, 0.12)
     gain = (1 + across + down).clip(0.4)[..., None] * rng.uniform(0.85, 1.15, 3)
-    image = (image * gain * rng.uniform(0.55, 1.25)).clip(0).astype(np.float32)
-    image **= np.float32(rng.uniform(0.75, 1.25))
+    lit = (image * gain * rng.uniform(0.55, 1.25)).clip(0).astype(np.float32)
+    lit **= np.float32(rng.uniform(0.75, 1.25))
     if rng.random() < 0.3:
-        image = cv2.GaussianBlur(image, (0, 0), c.height * rng.uniform(0.004, 0.01))
-    return image
+        return cv2.GaussianBlur(lit, (0, 0), c.height * rng.uniform(0.004, 0.01))
+    return lit

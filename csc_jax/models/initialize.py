@@ -43,5 +43,6 @@ def initialize(network: nn.Module, key: jax.Array, *, projection: bool = True) -
         start = end
     for path in shapes.keys() - variables.keys():
         fill = 1.0 if path[-1] in ("scale", "var") else 0.0
-        variables[path] = jnp.full(shapes[path].shape, fill)
+        # With a dtype: a weakly typed leaf would have the train step compiled again.
+        variables[path] = jnp.full(shapes[path].shape, fill, jnp.float32)
     return unflatten_dict(variables)
