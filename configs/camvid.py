@@ -1,7 +1,10 @@
 """CamVid (367 / 101 / 233 street scenes, 11 classes) at a size that two CPU cores can train.
 
 Command:    python -m csc_jax.main --config=configs/camvid.py --config.data.root=DIR --workdir=W
-Hardware:   2 CPU cores
+Hardware:   1 CPU core
+Run time:   not measured on an idle machine yet
+Expected:   teacher mIoU on val after 1,500 steps, one seed: supervised 37.0, mean_teacher 36.9,
+            csc 39.8
 """
 
 from ml_collections import ConfigDict

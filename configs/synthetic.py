@@ -1,7 +1,10 @@
 """Drawn street scenes: the embedded default, nothing to download.
 
 Command:    python -m csc_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
-Hardware:   2 CPU cores.
+Hardware:   2 CPU cores
+Run time:   not measured on an idle machine yet
+Expected:   teacher mIoU 30.4 +- 0.2 for csc and 31.8 +- 0.8 for supervised (600 steps, 3 seeds):
+            this is too short for unlabelled images to help
 """
 
 from ml_collections import ConfigDict

@@ -68,7 +68,12 @@ def run() -> None:
 
 def dispatch() -> None:
     """Does what the parsed flags say."""
-    config, workdir = _CONFIG.value, Path(_required(_WORKDIR, "the folder of the run"))
+    try:
+        config = _CONFIG.value
+        config_lib.validate(config)
+    except OSError as error:  # ml-collections keeps a failure to load until the value is asked for
+        raise UserError(f"--config cannot be read. {error}") from error
+    workdir = Path(_required(_WORKDIR, "the folder of the run"))
     if config.debug.compilation_cache:
         use_compilation_cache()
     if _MODE.value == "train":
@@ -123,8 +128,8 @@ def parse(argv: Sequence[str]) -> None:
         raise UserError(f"{error}. --help lists the flags.") from error
     except flags.Error as error:
         raise UserError(str(error)) from error
-    except FileNotFoundError as error:
-        raise UserError(f"--config: {error.filename or error} does not exist.") from error
+    except OSError as error:
+        raise UserError(f"--config cannot be read. {error}") from error
     except TypeError as error:
         raise UserError(f"A value on the command line has the wrong type: {error}") from error
     if len(rest) > 1:

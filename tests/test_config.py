@@ -99,14 +99,11 @@ def test_lengths_are_resolved_into_steps():
         ([SYNTHETIC, "--config.batchsize=3"], r"--config.batchsize is not a field"),
         ([SYNTHETIC, "--config.threshold=0.3"], r"--config.method.pseudo_label.threshold"),
         ([SYNTHETIC, "--config.train=3"], r"is a section, not a field"),
-        ([SYNTHETIC, "--config.train.steps=many"], r"--config.train.steps=many.*'many'"),
-        ([SYNTHETIC, "--config.data.flip=perhaps"], r"--config.data.flip=perhaps"),
         ([SYNTHETIC, "--wokdir=x"], r"wokdir.*Did you mean: workdir"),
         ([SYNTHETIC, "--mode=test"], r"mode=test.*train\|evaluate\|predict"),
         ([SYNTHETIC], "--workdir is missing"),
         ([SYNTHETIC, "train"], "'train' is no flag"),
         (["--workdir=x"], "--config is missing"),
-        (["--config=configs/missing.py", "--workdir=x"], "missing.py"),
         (["--mode=evaluate", "--workdir=nowhere"], r"nowhere/config.json cannot be read"),
     ],
 )
@@ -116,6 +113,23 @@ def test_bad_command_lines_are_explained(arguments, message, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([SYNTHETIC, "--config.train.steps=many"], r"--config.train.steps=many.*'many'"),
+        ([SYNTHETIC, "--config.data.flip=perhaps"], r"--config.data.flip=perhaps"),
+        (["--config=configs/missing.py", "--workdir=x"], r"missing\.py"),
+    ],
+)
+def test_bad_values_are_explained(arguments, message):
+    """In processes of their own: ml-collections defines the flags of a config once a process."""
+    command = [sys.executable, "-m", "csc_jax.main", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_command_trains_evaluates_and_predicts(tmp_path):
