@@ -25,7 +25,7 @@ demo: $(READY)  ## Train supervised and CSC on drawn street scenes and compare t
 	$(VENV)/bin/python scripts/demo.py --workdir=runs/demo $(ARGS)
 
 test: $(READY)  ## Run the tests
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n 2 $(ARGS)
 
 lint: $(READY)  ## Check format, style and types
 	$(RUN) ruff format --check

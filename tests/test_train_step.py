@@ -50,7 +50,9 @@ def test_one_and_four_devices_agree(method):
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(after_one)]
     leaves = zip(paths, jax.tree.leaves(after_one), jax.tree.leaves(after_four), strict=True)
     for path, a, b in leaves:
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5, err_msg=path)
+        # A sum's rounding error goes with its largest terms, not with what is left of them.
+        atol = 2e-5 * max(1.0, float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a))))
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol, err_msg=path)
 
 
 def test_training_raises_miou():
