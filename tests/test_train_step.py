@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import METHODS, Harness, tiny_config
+from tiny import CLASSES, METHODS, Harness, tiny_config
 
 from csc_jax import contrast
+from csc_jax.evaluation import Scores, confusion_matrix
 from csc_jax.methods.supervised import teacher_decay
+from csc_jax.models import resize_aligned
 from csc_jax.optimizer import make_optimizer
 from csc_jax.state import Network, update_ema
 
@@ -51,6 +53,32 @@ def test_one_and_four_devices_agree(method):
         # A sum's rounding error goes with its largest terms, not with what is left of them.
         atol = 2e-5 * max(1.0, float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a))))
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol, err_msg=path)
+
+
+def test_training_lowers_the_loss_and_raises_miou():
+    steps = 200
+    config = tiny_config(
+        method__name="supervised", train__steps=steps, optimizer__learning_rate=1e-2
+    )
+    harness = Harness(config)
+    unseen = harness.batch(1000)["labeled"]
+
+    @jax.jit
+    def confusion(network):
+        logits = harness.method.task.eval_forward(network, unseen["image"]).logits
+        predictions = jnp.argmax(resize_aligned(logits, (32, 32)), axis=-1)
+        return confusion_matrix(unseen["label"], predictions, CLASSES)
+
+    def miou(network):
+        return Scores(np.asarray(confusion(network), np.int64)).miou
+
+    state = harness.init()
+    before, losses = miou(state.teacher), []
+    for i in range(steps):
+        state, metrics = harness.step(state, harness.batch(i))
+        losses.append(metrics["loss"])
+    assert losses[-1] < 0.7 * losses[0]
+    assert miou(state.teacher) > before + 0.2
 
 
 def test_csc_lowers_the_loss_and_fills_the_bank(csc_run):
