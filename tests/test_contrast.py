@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from csc_jax import contrast
+from csc_jax.contrast import streaming
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "contrast").glob("*.npz"))
 LOSSES = {
@@ -105,28 +106,141 @@ def slow_loss(queries, labels, valid, bank_features, bank_counts, temperature, t
     return np.mean(losses) if losses else 0.0
 
 
-@settings(max_examples=40)
+def slow_gradient(queries, valid, loss, epsilon=1e-5):
+    """Central differences of the equations in float64, by the queries as queries and as keys."""
+    gradient = np.zeros(queries.shape)
+    for i, d in np.argwhere(np.broadcast_to(valid[:, None], queries.shape)):
+        step = np.zeros(queries.shape)
+        step[i, d] = epsilon
+        gradient[i, d] = (loss(queries + step) - loss(queries - step)) / (2 * epsilon)
+    return gradient
+
+
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    """Both ways through the sweeps: everything at once, and in several blocks that overlap."""
+    if request.param == "many blocks":
+        monkeypatch.setattr(streaming, "_BLOCK_KEYS", 5)
+        monkeypatch.setattr(streaming, "_TILE", 4)
+    # Block sizes are constants to `jit`, so each way has to be compiled for itself.
+    return jax.jit(
+        lambda *arguments, **constants: jax.value_and_grad(contrast.contrastive_loss)(
+            *arguments, **constants
+        ),
+        static_argnames=("temperature", "top_n"),
+    )
+
+
+# Ragged fills, an empty class, a single class, none but one valid query, N above the positives.
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**31),
     # Few shapes, many values: each shape is a compilation.
-    counts=st.sampled_from([[3], [0, 6, 2], [6, 1, 0], [5, 6, 4]]),
+    counts=st.sampled_from([[3], [0, 6, 2], [6, 1, 0], [5, 6, 4], None]),
     top_n=st.sampled_from([None, 1, 3, 50]),
-    share_valid=st.sampled_from([0.0, 0.1, 0.7, 1.0]),
+    valid_queries=st.sampled_from([0, 1, 2, 8, 12]),
+    duplicates=st.booleans(),
 )
-def test_loss_equals_the_slow_one(seed, counts, top_n, share_valid):
-    rng = np.random.default_rng(seed)
+def test_loss_and_gradient_equal_the_slow_ones(
+    blocks, seed, counts, top_n, valid_queries, duplicates
+):
+    rng = np.random.default_rng([seed, 1])  # not the numbers that fill the bank
     n, dim, temperature = 12, 5, 0.2
-    bank = random_bank(seed, counts, size=6, dim=dim)
+    classes = 3 if counts is None else len(counts)
+    bank = None if counts is None else random_bank(seed, counts, size=6, dim=dim)
     queries = unit(rng.normal(size=(n, dim))).astype(np.float32)
-    labels = rng.integers(0, len(counts), n).astype(np.int32)
-    valid = rng.random(n) < share_valid
-    loss, gradient = jax.jit(
-        jax.value_and_grad(contrast.contrastive_loss), static_argnames=("temperature", "top_n")
-    )(jnp.asarray(queries), labels, valid, bank, temperature=temperature, top_n=top_n)
-    expected = slow_loss(queries, labels, valid, bank.features, counts, temperature, top_n)
-    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-6)
-    assert np.all(np.isfinite(gradient))
+    labels = rng.integers(0, classes, n).astype(np.int32)
+    if duplicates and bank is not None:
+        # Twice the same entry: the value does not depend on which of them counts as the nearest.
+        bank = bank._replace(features=bank.features.at[:, 1].set(bank.features[:, 0]))
+        queries[1], labels[1] = queries[0], labels[0]
+    valid = rng.permutation(np.arange(n) < valid_queries)
+    entries = np.zeros((0, 1, dim)) if bank is None else np.asarray(bank.features, np.float64)
+
+    def expected(queries):
+        return slow_loss(queries, labels, valid, entries, counts or [], temperature, top_n)
+
+    loss, gradient = blocks(
+        jnp.asarray(queries), labels, valid, bank, temperature=temperature, top_n=top_n
+    )
+    np.testing.assert_allclose(loss, expected(queries.astype(np.float64)), rtol=1e-5, atol=1e-7)
     assert np.all(np.asarray(gradient)[~valid] == 0)
+    if not duplicates:  # where two keys tie, the loss has no derivative
+        numeric = slow_gradient(queries.astype(np.float64), valid, expected)
+        np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**31), top_n=st.sampled_from([None, 1, 3]))
+def test_order_of_the_queries_does_not_change_the_loss(seed, top_n):
+    rng = np.random.default_rng(seed)
+    queries = jnp.asarray(unit(rng.normal(size=(16, 4))), jnp.float32)
+    labels, valid = rng.integers(0, 3, 16), rng.random(16) < 0.8
+    bank = random_bank(seed, [2, 5, 0], size=5, dim=4)
+    order = rng.permutation(16)
+    loss = jax.jit(contrast.contrastive_loss, static_argnames="top_n")
+    np.testing.assert_allclose(
+        loss(queries[order], labels[order], valid[order], bank, top_n=top_n),
+        loss(queries, labels, valid, bank, top_n=top_n),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("top_n", [None, 1])
+def test_half_precision_does_not_overflow(dtype, top_n):
+    # All similarities are 20 at temperature 0.05, and e^20 is beyond float16.
+    queries = jnp.ones((40, 4), dtype) / 2
+    labels, valid = jnp.arange(40) % 2, jnp.ones(40, bool)
+    bank = contrast.enqueue(
+        contrast.init_memory_bank(2, 30, 4), jnp.ones((1, 2, 30, 4)), jnp.ones((1, 2, 30), bool)
+    )
+    loss, gradient = jax.value_and_grad(contrast.contrastive_loss)(
+        queries, labels, valid, bank, temperature=0.05, top_n=top_n
+    )
+    # One positive against 50 negatives just as similar.
+    np.testing.assert_allclose(loss, np.log(51), rtol=1e-5)
+    assert gradient.dtype == dtype
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("top_n", [None, 1])
+def test_a_batch_without_labels_changes_nothing(top_n):
+    bank = random_bank(0, [3, 2], size=4, dim=3)
+    queries = jnp.full((2, 5, 3), jnp.nan)  # whatever stands in the slots
+    labels, nothing = jnp.full((2, 5), 255), jnp.zeros((2, 5), bool)
+    for valid in (nothing, ~nothing):
+        loss, gradient = jax.value_and_grad(contrast.contrastive_loss)(
+            queries.reshape(10, 3), labels.reshape(10), valid.reshape(10), bank, top_n=top_n
+        )
+        assert loss == 0.0
+        assert np.all(np.asarray(gradient) == 0.0)
+    new = jnp.full((2, 2, 4, 3), jnp.nan)
+    after, metrics = contrast.update_memory_bank(
+        bank, queries, labels, nothing, new, jnp.zeros((2, 2, 4), bool)
+    )
+    assert_same_bank(after, bank)
+    assert np.isnan(metrics["enqueue_accepted"])
+    assert np.isnan(metrics["consistency_accepted"])
+
+
+def test_a_full_bank_stays_of_unit_length():
+    bank, rng = random_bank(0, [4, 4, 4], size=4, dim=6), np.random.default_rng(0)
+    step = jax.jit(contrast.update_memory_bank, static_argnames=("consistency_gate",))
+    for _ in range(30):
+        queries = jnp.asarray(unit(rng.normal(size=(2, 6, 6))), jnp.float32)
+        labels = jnp.asarray(rng.integers(0, 3, (2, 6)))
+        new = jnp.asarray(10 * rng.normal(size=(2, 3, 2, 6)), jnp.float32)
+        bank, _ = step(
+            bank,
+            queries,
+            labels,
+            jnp.ones((2, 6), bool),
+            new,
+            jnp.asarray(rng.random((2, 3, 2)) < 0.5),
+            consistency_gate="off",
+        )
+        np.testing.assert_allclose(jnp.linalg.norm(bank.features, axis=-1), 1.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("top_n", [None, 1])
@@ -353,16 +467,31 @@ def test_semi_hard_sampling(seed, views, hard_share):
             assert drawn_hard in (available_hard, views - available_easy)
 
 
-def test_sampling_is_uniform_and_differs_by_key():
-    labels = jnp.zeros(10, int)
-    features = jnp.zeros((10, 1))
+@pytest.mark.parametrize("views", [3, 7, 12])
+def test_random_sampling_is_uniform_and_takes_no_pixel_twice(views):
+    labels = jnp.array([0] * 10 + [1] * 3 + [255] * 4)
+    # Half of class 0 is hard: that must not change a pixel's chance.
+    predictions = labels.at[:5].set(2)
 
     def draw(key):
-        return contrast.random_sample(key, features, labels, num_classes=1, views=3).indices[0]
+        order_key, take_key = jax.random.split(key)
+        order = contrast.order_by_class(order_key, labels, predictions, 2)
+        return contrast.take_random(take_key, order, views)
 
-    drawn = jax.vmap(draw)(jax.random.split(jax.random.key(0), 2000))
-    share = np.bincount(np.asarray(drawn).reshape(-1), minlength=10) / 2000
-    np.testing.assert_allclose(share, 0.3, atol=0.05)
+    indices, valid = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 2000))
+    assert np.all(np.asarray(valid).sum(axis=2) == [min(views, 10), min(views, 3)])
+    for c, pixels in enumerate([range(10), range(10, 13)]):
+        drawn = [np.asarray(i)[v] for i, v in zip(indices[:, c], valid[:, c], strict=True)]
+        assert all(len(set(d)) == len(d) and set(d) <= set(pixels) for d in drawn[:100])
+        share = np.bincount(np.concatenate(drawn), minlength=17)[list(pixels)] / 2000
+        np.testing.assert_allclose(share, min(views, len(pixels)) / len(pixels), atol=0.05)
+
+
+def test_order_differs_by_key():
+    labels = jnp.zeros(50, int)
+    a, b = (contrast.order_by_class(jax.random.key(k), labels, labels, 1).pixels for k in (0, 1))
+    assert sorted(a.tolist()) == sorted(b.tolist()) == list(range(50))
+    assert a.tolist() != b.tolist()
 
 
 def test_normalize_keeps_zero_and_its_gradient_finite():

@@ -17,10 +17,19 @@ from csc_jax.contrast.bank import (
 from csc_jax.contrast.loss import contrastive_loss
 from csc_jax.contrast.measures import class_separation, consistency, separation
 from csc_jax.contrast.normalize import normalize
-from csc_jax.contrast.sampling import Samples, random_sample, semi_hard_sample
+from csc_jax.contrast.sampling import (
+    ClassOrder,
+    Samples,
+    gather,
+    order_by_class,
+    semi_hard_sample,
+    take_random,
+    take_semi_hard,
+)
 from csc_jax.contrast.update import gate, update_memory_bank
 
 __all__ = [
+    "ClassOrder",
     "MemoryBank",
     "Samples",
     "bank_fill",
@@ -31,10 +40,13 @@ __all__ = [
     "contrastive_loss",
     "enqueue",
     "gate",
+    "gather",
     "init_memory_bank",
     "normalize",
-    "random_sample",
+    "order_by_class",
     "semi_hard_sample",
     "separation",
+    "take_random",
+    "take_semi_hard",
     "update_memory_bank",
 ]

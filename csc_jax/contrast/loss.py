@@ -1,13 +1,31 @@
-"""The pixel-wise contrastive loss: L_p over all positives (Eq. 5) and L_c over the TopN (Eq. 6)."""
+"""The pixel-wise contrastive loss: L_p over all positives (Eq. 5) and L_c over the TopN (Eq. 6).
+
+No (queries x all keys) matrix is ever held. The keys stream by in blocks, once for the log-sum-exp
+over the negatives and, where a gradient is wanted, for its gradient in the same sweep: what softmax
+attention does with its values. The gradient is therefore computed together with the loss, and the
+backward pass only scales it. Second derivatives and forward mode are not available.
+
+Shapes are named as in `streaming.py`.
+"""
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from csc_jax.contrast.bank import MemoryBank
-
-# Stands for "no such key" in a maximum or a log-sum-exp: finite, so that gradients stay finite.
-_NONE = -1e30
+from csc_jax.contrast.streaming import (
+    NONE,
+    Keys,
+    Queries,
+    flat_bank,
+    fold,
+    fold_own_class,
+    matmul,
+    top,
+)
 
 
 def contrastive_loss(
@@ -39,44 +57,235 @@ def contrastive_loss(
       ValueError: at trace time, where shapes do not fit or a constant is out of its range.
     """
     _check(queries, labels, valid, bank, temperature, top_n)
-    queries = queries.astype(jnp.float32)
     labels = labels.astype(jnp.int32)
     valid = valid & (labels >= 0) & (labels != 255)
-    # An invalid query may hold anything; zero keeps a stray NaN out of the products.
-    queries = jnp.where(valid[:, None], queries, 0.0)
-    keys, key_labels, key_valid = queries, labels, valid
     if bank is not None:
-        num_classes, size, dim = bank.features.shape
-        in_range = labels < num_classes
-        valid = valid & in_range
-        entries = jax.lax.stop_gradient(bank.features).reshape(num_classes * size, dim)
-        keys = jnp.concatenate([queries, entries])  # (n + C S, D)
-        entry_labels = jnp.repeat(jnp.arange(num_classes, dtype=jnp.int32), size)
-        key_labels = jnp.concatenate([labels, entry_labels])
-        key_valid = jnp.concatenate([valid, bank.occupied.reshape(-1)])
-    n = queries.shape[0]
-    similarity = (
-        jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST) / temperature
-    )  # (n, keys)
-    same_class = labels[:, None] == key_labels[None, :]
-    is_self = jnp.arange(n)[:, None] == jnp.arange(keys.shape[0])[None, :]
-    positive = same_class & key_valid[None, :] & ~is_self
-    negative = ~same_class & key_valid[None, :]
+        valid = valid & (labels < bank.features.shape[0])
+    # An invalid query may hold anything; zero keeps a stray NaN out of the products.
+    queries = jnp.where(valid[:, None], queries.astype(jnp.float32), 0.0)
+    return _loss(temperature, top_n, queries, jnp.where(valid, labels, -1), bank)
 
-    negatives = jax.nn.logsumexp(jnp.where(negative, similarity, _NONE), axis=1)  # (n,)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(
+    temperature: float, top_n: int | None, queries: Array, labels: Array, bank: MemoryBank | None
+) -> Array:
+    """`contrastive_loss` of clean arguments: invalid queries are zero and have the label -1."""
+    return _value_and_gradient(temperature, top_n, queries, labels, bank, want_gradient=False)[0]
+
+
+def _loss_forward(
+    temperature: float, top_n: int | None, queries: Array, labels: Array, bank: MemoryBank | None
+) -> tuple[Array, Array]:
+    return _value_and_gradient(temperature, top_n, queries, labels, bank, want_gradient=True)
+
+
+def _loss_backward(
+    temperature: float, top_n: int | None, gradient: Array, cotangent: Array
+) -> tuple[Array, None, None]:
+    return cotangent * gradient, None, None
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _value_and_gradient(
+    temperature: float,
+    top_n: int | None,
+    queries: Array,
+    labels: Array,
+    bank: MemoryBank | None,
+    *,
+    want_gradient: bool,
+) -> tuple[Array, Array]:
+    """Returns the loss, () float32, and its gradient, (n, D) float32, zeros if not wanted."""
+    n = queries.shape[0]
+    batch = Queries(queries / temperature, labels, jnp.arange(n, dtype=jnp.int32))
+    own = Keys(queries, labels, jnp.zeros((), jnp.int32))
+    stored = None if bank is None else flat_bank(bank)
+    negatives = _negatives(batch, own, stored, want_gradient)
+    log_sum = negatives.log_sum
     if top_n is None:
-        chosen, weight = similarity, positive
+        positives = _all_positives(batch, own, bank, log_sum, want_gradient)
     else:
-        candidates = jnp.where(positive, similarity, _NONE)
-        chosen, _ = jax.lax.top_k(candidates, min(top_n, candidates.shape[1]))  # (n, N)
-        weight = chosen > _NONE / 2
-    # -log(e^s / (e^s + sum of negatives)) = softplus(log sum of negatives - s), Eq. 5a and 6a.
-    # Slots without a positive get s = 0 first: the masked branch must have a finite gradient.
-    terms = jax.nn.softplus(negatives[:, None] - jnp.where(weight, chosen, 0.0))
-    positives = jnp.sum(weight, axis=1)  # (n,)
-    per_query = jnp.sum(jnp.where(weight, terms, 0.0), axis=1) / jnp.maximum(positives, 1)
-    counted = valid & (positives > 0)
-    return jnp.sum(jnp.where(counted, per_query, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
+        positives = _nearest_positives(batch, own, bank, log_sum, top_n)
+    counted = (labels >= 0) & (positives.number > 0)
+    # (n,): one over (queries that count x positives of this one)
+    weight = jnp.where(counted, 1.0, 0.0) / jnp.maximum(positives.number * jnp.sum(counted), 1)
+    value = jnp.sum(weight * positives.loss)
+    if not want_gradient:
+        return value, jnp.zeros_like(queries)
+
+    rows = _Row(log_sum, positives.sigma, weight / temperature, positives.places)
+
+    def add_mini_batch(gradient: Array, keys: Keys) -> Array:
+        # Each pair counts twice: the row's query has the other as its key, and the other way round.
+        similarity, negative = batch.similarity(keys), batch.negative(keys)
+        positive, others = batch.other_positive(keys), keys.extra
+        in_row = positive & _among(keys.places[None, :], rows.places, axis=0)
+        in_column = positive & _among(batch.places[:, None], others.places, axis=1)
+        pull = rows.by_similarity(similarity, negative, in_row, axis=0)
+        pull += others.by_similarity(similarity, negative, in_column, axis=1)
+        return gradient + matmul(pull, keys.features)
+
+    sigma, scale = rows.sigma[:, None], rows.scale[:, None]
+    from_bank = scale * (sigma * negatives.bank_mean - positives.bank_sum)
+    return value, fold(add_mini_batch, from_bank, own._replace(extra=rows), n)
+
+
+class _Row(NamedTuple):
+    """What the derivatives of a query's loss by its similarities take; a pytree."""
+
+    log_sum: Array  # (n,), log of the sum of exp(similarity) over the negatives
+    sigma: Array  # (n,), sum over the selected positives of sigmoid(log_sum - similarity)
+    scale: Array  # (n,), weight of the query's terms over the temperature
+    places: Array | None  # (n, N) int32, the selected positives, -1 = none; None = all of them
+
+    def by_similarity(self, similarity: Array, negative: Array, chosen: Array, axis: int) -> Array:
+        """(n, K), for queries along `axis`.
+
+        The term of a selected positive, softplus(log_sum - s), has the derivative
+        -sigmoid(log_sum - s) by s, and sigmoid(log_sum - s) x softmax by the negatives'.
+        """
+        log_sum, sigma, scale = (
+            jnp.expand_dims(x, 1 - axis) for x in (self.log_sum, self.sigma, self.scale)
+        )
+        softmax = jnp.where(negative, jnp.exp(similarity - log_sum), 0.0)
+        pull = jnp.where(chosen, jax.nn.sigmoid(log_sum - similarity), 0.0)
+        return scale * (sigma * softmax - pull)
+
+
+def _among(place: Array, places: Array | None, axis: int) -> Array:
+    """Whether `place` is in the list `places` (n, N) that belongs to its entry along `axis`."""
+    if places is None:
+        return jnp.ones((), bool)
+    listed = jnp.expand_dims(places, 1 - axis)  # (n, 1, N) or (1, n, N)
+    return jnp.any(place[..., None] == listed, axis=-1)
+
+
+class _Negatives(NamedTuple):
+    """What the negatives of each query add up to."""
+
+    log_sum: Array  # (n,), log of the sum of exp(similarity)
+    bank_mean: Array  # (n, D), those of the bank, weighted by the softmax over all negatives
+
+
+def _negatives(batch: Queries, own: Keys, stored: Keys | None, want_gradient: bool) -> _Negatives:
+    """Streams all keys through a running log-sum-exp, as flash attention does."""
+    Carry = tuple[Array, Array, Array]  # (n,), (n,), (n, D), the last one of width 0 if not needed
+
+    def step(carry: Carry, keys: Keys) -> Carry:
+        peak, total, mean = carry
+        similarity, negative = batch.similarity(keys), batch.negative(keys)
+        new_peak = jnp.maximum(peak, jnp.max(jnp.where(negative, similarity, NONE), axis=1))
+        share = jnp.where(negative, jnp.exp(similarity - new_peak[:, None]), 0.0)  # (n, K)
+        shrink = jnp.exp(peak - new_peak)
+        total = shrink * total + jnp.sum(share, axis=1)
+        if mean.shape[1]:
+            mean = shrink[:, None] * mean + matmul(share, keys.features)
+        return new_peak, total, mean
+
+    n, dim = batch.scaled.shape
+    nothing = jnp.full((n,), NONE), jnp.zeros((n,)), jnp.zeros((n, 0))
+    peak, total, mean = fold(step, nothing, own, n)
+    mean = jnp.zeros((n, dim if want_gradient else 0))
+    if stored is not None:
+        peak, total, mean = fold(step, (peak, total, mean), stored, n)
+    floor = jnp.where(total > 0, total, 1.0)
+    log_sum = jnp.where(total > 0, peak + jnp.log(floor), NONE)
+    return _Negatives(log_sum, mean / floor[:, None])
+
+
+class _Positives(NamedTuple):
+    """What the selected positives of each query add up to."""
+
+    number: Array  # (n,) int32
+    loss: Array  # (n,), sum of their terms
+    sigma: Array  # (n,), sum of sigma
+    bank_sum: Array  # (n, D), sum of sigma x key over those in the bank
+    places: Array | None = None  # (n, N) int32, which they are; None = all
+
+
+def _terms(similarity: Array, log_sum: Array, chosen: Array) -> tuple[Array, Array]:
+    """Returns -log(e^s / (e^s + sum of negatives)) (Eq. 5a, 6a) and sigma, (n, K), 0 elsewhere."""
+    difference = log_sum[:, None] - similarity
+    loss = jnp.where(chosen, jax.nn.softplus(difference), 0.0)
+    return loss, jnp.where(chosen, jax.nn.sigmoid(difference), 0.0)
+
+
+def _all_positives(
+    batch: Queries, own: Keys, bank: MemoryBank | None, log_sum: Array, want_gradient: bool
+) -> _Positives:
+    """Every positive is selected."""
+    Sums = tuple[Array, Array, Array, Array]  # as in _Positives; the last may be of width 0
+
+    def add(
+        sums: Sums, batch: Queries, log_sum: Array, keys: Keys, chosen: Array, *, stored: bool
+    ) -> Sums:
+        number, loss, sigma, bank_sum = sums
+        terms, sigmas = _terms(batch.similarity(keys), log_sum, chosen)
+        if stored and bank_sum.shape[1]:
+            bank_sum = bank_sum + matmul(sigmas, keys.features)
+        number = number + jnp.sum(chosen, axis=1, dtype=jnp.int32)
+        return number, loss + jnp.sum(terms, axis=1), sigma + jnp.sum(sigmas, axis=1), bank_sum
+
+    def add_mini_batch(sums: Sums, keys: Keys) -> Sums:
+        return add(sums, batch, log_sum, keys, batch.other_positive(keys), stored=False)
+
+    def add_bank(sums: Sums, rows: tuple[Queries, Array], keys: Keys) -> Sums:
+        return add(sums, *rows, keys, rows[0].positive(keys), stored=True)
+
+    n, dim = batch.scaled.shape
+    zeros = jnp.zeros((n,))
+    sums = zeros.astype(jnp.int32), zeros, zeros, jnp.zeros((n, dim if want_gradient else 0))
+    sums = fold(add_mini_batch, sums, own, n)
+    if bank is not None:
+        sums = fold_own_class(add_bank, sums, (batch, log_sum), bank)
+    return _Positives(*sums)
+
+
+def _nearest_positives(
+    batch: Queries, own: Keys, bank: MemoryBank | None, log_sum: Array, top_n: int
+) -> _Positives:
+    """The `top_n` most similar positives are selected (Eq. 6b)."""
+    Nearest = tuple[Array, Array]  # similarity, descending, and place among all keys, (n, N) each
+
+    def merge(nearest: Nearest, similarity: Array, places: Array, chosen: Array) -> Nearest:
+        candidates = jnp.where(chosen, similarity, NONE)
+        new = top(candidates, jnp.broadcast_to(places[None, :], candidates.shape), top_n)
+        values, places = (jnp.concatenate(pair, axis=1) for pair in zip(nearest, new, strict=True))
+        return top(values, places, top_n)
+
+    def add_mini_batch(nearest: Nearest, keys: Keys) -> Nearest:
+        return merge(nearest, batch.similarity(keys), keys.places, batch.other_positive(keys))
+
+    def add_bank(nearest: Nearest, rows: Queries, keys: Keys) -> Nearest:
+        # The bank's places follow those of the mini-batch.
+        return merge(nearest, rows.similarity(keys), n + keys.places, rows.positive(keys))
+
+    n = batch.labels.shape[0]
+    nearest = jnp.full((n, top_n), NONE), jnp.full((n, top_n), -1, jnp.int32)
+    nearest = fold(add_mini_batch, nearest, own, n)
+    if bank is not None:
+        nearest = fold_own_class(add_bank, nearest, batch, bank)
+    similarity, places = nearest
+    selected = similarity > NONE / 2
+    loss, sigma = _terms(similarity, log_sum, selected)
+    bank_sum = jnp.zeros_like(batch.scaled)
+    if bank is not None:
+        features, in_bank = flat_bank(bank).features, selected & (places >= n)
+        share, entry = jnp.where(in_bank, sigma, 0.0), jnp.where(in_bank, places - n, 0)
+        # One of the N at a time: (n, D) at once, not (n, N, D).
+        bank_sum = jax.lax.fori_loop(
+            0, top_n, lambda i, total: total + share[:, i, None] * features[entry[:, i]], bank_sum
+        )
+    return _Positives(
+        number=jnp.sum(selected, axis=1, dtype=jnp.int32),
+        loss=jnp.sum(loss, axis=1),
+        sigma=jnp.sum(sigma, axis=1),
+        bank_sum=bank_sum,
+        places=jnp.where(selected, places, -1),
+    )
 
 
 def _check(

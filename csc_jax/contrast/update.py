@@ -79,25 +79,40 @@ def update_memory_bank(
     queries, new_features = jax.lax.stop_gradient((queries, new_features))
     not_asked = jnp.full((), jnp.nan, jnp.float32)
 
+    def step(
+        bank: MemoryBank, offered: Array, make: Callable[[MemoryBank], MemoryBank], mode: str
+    ) -> tuple[MemoryBank, Array]:
+        def ask(bank: MemoryBank) -> tuple[MemoryBank, Array]:
+            bank, accepted = gate(bank, make(bank), mode, margin)
+            return bank, accepted.astype(jnp.float32)
+
+        # With nothing to add there is nothing to judge, and Separ_b stays as it is.
+        return jax.lax.cond(offered, ask, lambda bank: (bank, not_asked), bank)
+
+    def consistent(bank: MemoryBank) -> MemoryBank:
+        return consistency_step(bank, queries, labels, valid, class_mean=class_mean)
+
+    def enqueued(bank: MemoryBank) -> MemoryBank:
+        return enqueue(bank, new_features, new_valid)
+
     def gated(bank: MemoryBank) -> tuple[MemoryBank, Array, Array]:
-        consistent = not_asked
+        known = valid & (labels >= 0) & (labels < bank.count.shape[0])
+        first = not_asked
         if consistency:
-            candidate = consistency_step(bank, queries, labels, valid, class_mean=class_mean)
-            bank, accepted = gate(bank, candidate, consistency_gate, margin)
-            consistent = accepted.astype(jnp.float32)
-        bank, accepted = gate(bank, enqueue(bank, new_features, new_valid), enqueue_gate, margin)
-        return bank, consistent, accepted.astype(jnp.float32)
+            bank, first = step(bank, jnp.any(known), consistent, consistency_gate)
+        bank, second = step(bank, jnp.any(new_valid), enqueued, enqueue_gate)
+        return bank, first, second
 
     def free(bank: MemoryBank) -> tuple[MemoryBank, Array, Array]:
-        return enqueue(bank, new_features, new_valid), not_asked, not_asked
+        return enqueued(bank), not_asked, not_asked
 
     branches: tuple[Callable, Callable] = (gated, free)
     ready = bank_ready(bank, min_fill=min_fill, absent=absent)
-    bank, consistent, enqueued = jax.lax.cond(ready, *branches, bank)
+    bank, consistency_accepted, enqueue_accepted = jax.lax.cond(ready, *branches, bank)
     metrics = {
         "ready": ready.astype(jnp.float32),
         "separation": separation(bank),
-        "consistency_accepted": consistent,
-        "enqueue_accepted": enqueued,
+        "consistency_accepted": consistency_accepted,
+        "enqueue_accepted": enqueue_accepted,
     }
     return bank, metrics

@@ -54,10 +54,10 @@ class CSC(Method):
         base_key, sample_key = jax.random.split(key)
         total, outputs = self.base.loss(params, state, batch, base_key)
         assert outputs.pixels is not None  # the base was built `with_pixels`
-        queries = self._sample(sample_key, outputs.pixels)
+        order, queries = self._sample(sample_key, outputs.pixels)
         loss_c = self._contrastive_loss(state, queries)
         total = total + self.task.config.contrast.weight * loss_c
-        carry = {"base": outputs.carry, "queries": jax.lax.stop_gradient(queries)}
+        carry = {"base": outputs.carry, "order": order, "queries": jax.lax.stop_gradient(queries)}
         return total, outputs.replace(metrics=outputs.metrics | {"loss_c": loss_c}, carry=carry)
 
     def pseudo_labels(self, key: Array, state: TrainState, images: Array) -> Array | None:
@@ -73,7 +73,7 @@ class CSC(Method):
             return state, metrics
         assert outputs.pixels is not None
         bank, bank_metrics = self._update_bank(
-            enqueue_key, state, outputs.pixels, outputs.carry["queries"]
+            enqueue_key, state, outputs.pixels, outputs.carry["order"], outputs.carry["queries"]
         )
         bank_metrics["bank_fill"] = contrast.bank_fill(bank)
         return state.replace(bank=bank), metrics | bank_metrics
@@ -87,28 +87,21 @@ class CSC(Method):
                 f"classes 0 to {self.task.num_classes - 1}. Leave it out of the list."
             )
 
-    def _sample(self, key: Array, pixels: Pixels) -> contrast.Samples:
-        """Draws the queries: features (B, C, V, D), not normalised, indices and valid (B, C, V)."""
-        images, height, width, dim = pixels.features.shape
-        flat = (images, height * width)
+    def _sample(self, key: Array, pixels: Pixels) -> tuple[contrast.ClassOrder, contrast.Samples]:
+        """Sorts each image's pixels and draws the queries (B, C, V), not normalised."""
+        views = self.task.config.contrast.views_per_class
 
         def draw(
             key: Array, features: Array, labels: Array, predictions: Array
-        ) -> contrast.Samples:
-            return contrast.semi_hard_sample(
-                key,
-                features,
-                labels,
-                predictions,
-                num_classes=self.task.num_classes,
-                views=self.task.config.contrast.views_per_class,
-            )
+        ) -> tuple[contrast.ClassOrder, contrast.Samples]:
+            order = contrast.order_by_class(key, labels, predictions, self.task.num_classes)
+            return order, contrast.gather(features, *contrast.take_semi_hard(order, views))
 
         return jax.vmap(draw)(
-            jax.random.split(key, images),
-            pixels.features.reshape(*flat, dim),
-            pixels.labels.reshape(flat),
-            pixels.predictions.reshape(flat),
+            jax.random.split(key, pixels.features.shape[0]),
+            _flat(pixels.features),
+            _flat(pixels.labels),
+            _flat(pixels.predictions),
         )
 
     def _contrastive_loss(self, state: TrainState, queries: contrast.Samples) -> Array:
@@ -150,27 +143,24 @@ class CSC(Method):
         return contrast.bank_ready(bank, min_fill=config.min_fill, absent=config.absent_classes)
 
     def _update_bank(
-        self, key: Array, state: TrainState, pixels: Pixels, queries: contrast.Samples
+        self,
+        key: Array,
+        state: TrainState,
+        pixels: Pixels,
+        order: contrast.ClassOrder,
+        queries: contrast.Samples,
     ) -> BankUpdate:
         """Runs the gated update, in the steps in which one is due."""
         config = self.task.config.contrast
 
+        def draw(key: Array, order: contrast.ClassOrder, features: Array) -> contrast.Samples:
+            indices = contrast.take_random(key, order, config.pixels_per_class)
+            return contrast.gather(features, *indices)
+
         def update(bank: contrast.MemoryBank) -> BankUpdate:
-            images, height, width, dim = pixels.bank_features.shape
-            features = pixels.bank_features.reshape(images, height * width, dim)
-
-            def draw(key: Array, features: Array, labels: Array) -> contrast.Samples:
-                return contrast.random_sample(
-                    key,
-                    features,
-                    labels,
-                    num_classes=self.task.num_classes,
-                    views=config.pixels_per_class,
-                )
-
-            new = jax.vmap(draw)(
-                jax.random.split(key, images), features, pixels.labels.reshape(images, -1)
-            )
+            features = _flat(pixels.bank_features)
+            images = features.shape[0]
+            new = jax.vmap(draw)(jax.random.split(key, images), order, features)
             # The queries' own pixels, from the features that are to enter the bank.
             indices = queries.indices.reshape(images, -1)  # (B, C V)
             sampled = jnp.take_along_axis(features, indices[..., None], axis=1)
@@ -202,6 +192,11 @@ class CSC(Method):
 
         due = (state.step >= self.start) & (state.step % config.update_every == 0)
         return jax.lax.cond(due, update, leave, state.bank)
+
+
+def _flat(maps: Array) -> Array:
+    """(B, h, w, ...) to (B, h w, ...)."""
+    return maps.reshape(maps.shape[0], -1, *maps.shape[3:])
 
 
 def _class_ids(valid: Array) -> Array:
