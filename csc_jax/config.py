@@ -43,6 +43,7 @@ def default_config() -> ConfigDict:
     c.data.synthetic.train = 192  # images
     c.data.synthetic.val = 64  # images
     c.data.synthetic.size = (64, 64)  # (height, width) px
+    c.data.synthetic.weather = 1.0  # 0 = a clear day for all, 1 = all kinds of light, fog and noise
     c.data.synthetic.seed = 0  # of the scenes themselves; independent of the run's seed
 
     c.batch = ConfigDict()
@@ -173,6 +174,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.threads": (1, math.inf),
     "data.prefetch": (1, math.inf),
     "data.workers": (0, math.inf),
+    "data.synthetic.weather": (0, 1),
     "batch.labeled": (1, math.inf),
     "batch.unlabeled": (1, math.inf),
     "batch.eval": (1, math.inf),

@@ -56,24 +56,27 @@ class Scene:
 
     Attributes:
       size: (height, width) px.
+      weather: how much light, fog and noise differ between images, 0 to 1.
     """
 
     seed: int
     split: str
     index: int
     size: tuple[int, int]
+    weather: float = 1.0
 
     @property
     def id(self) -> str:
         return f"{self.split}_{self.index:05d}"
 
     def fingerprint(self) -> str:
-        return f"{_VERSION} {self.seed} {self.size}"
+        return f"{_VERSION} {self.seed} {self.size} {self.weather}"
 
     def read(self) -> tuple[np.ndarray, np.ndarray, None]:
         """Draws image (H, W, 3) uint8 RGB and label (H, W) uint8; no file stands behind them."""
         stream = zlib.crc32(self.split.encode())
-        image, label = draw(np.random.default_rng([self.seed, stream, self.index]), self.size)
+        rng = np.random.default_rng([self.seed, stream, self.index])
+        image, label = draw(rng, self.size, self.weather)
         return image, label, None
 
 
@@ -91,16 +94,21 @@ def scenes(config: ConfigDict) -> dict[str, list[Scene]]:
             "from a seed of at least 0."
         )
     return {
-        split: [Scene(config.seed, split, index, size) for index in range(config[split])]
+        split: [
+            Scene(config.seed, split, index, size, config.weather) for index in range(config[split])
+        ]
         for split in ("train", "val")
     }
 
 
-def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    rng: np.random.Generator, size: tuple[int, int], weather: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Draws one scene.
 
     Args:
       size: (height, width) px.
+      weather: how much light, fog and noise differ from those of a clear day, 0 to 1.
 
     Returns:
       Image (H, W, 3) uint8 RGB and class ids (H, W) uint8; every pixel has a class.
@@ -111,8 +119,8 @@ def draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, n
         _street_ahead(canvas)
     else:
         _street_across(canvas)
-    image = cv2.resize(_light(canvas), size[::-1], interpolation=cv2.INTER_AREA)
-    image = image + rng.uniform(0, 0.035) * rng.standard_normal(image.shape, np.float32)
+    image = cv2.resize(_light(canvas, weather), size[::-1], interpolation=cv2.INTER_AREA)
+    image = image + weather * rng.uniform(0, 0.035) * rng.standard_normal(image.shape, np.float32)
     label = canvas.label[::_OVERSAMPLE, ::_OVERSAMPLE].copy()
     return (image.clip(0, 1) * 255).round().astype(np.uint8), label
 
@@ -330,17 +338,18 @@ def _cast_shadows(c: Canvas) -> None:
         c.image[shaded] *= rng.uniform(0.35, 0.75)
 
 
-def _light(c: Canvas) -> np.ndarray:
+def _light(c: Canvas, weather: float) -> np.ndarray:
     """Returns the image (H, W, 3) float32 under one light: fog, gradient, cast, exposure, blur."""
     rng, image = c.rng, c.image
     if rng.random() < 0.4:
-        clear = np.exp(-rng.uniform(0.02, 0.2) / c.near)[..., None]
+        clear = np.exp(-weather * rng.uniform(0.02, 0.2) / c.near)[..., None]
         image = clear * image + (1 - clear) * hsv(rng, (0.5, 0.7), (0.0, 0.1), (0.5, 0.95))
     across = np.linspace(-1, 1, c.width) * rng.normal(0, 0.18)
     down = np.linspace(-1, 1, c.height)[:, None] * rng.normal(0, 0.12)
-    gain = (1 + across + down).clip(0.4)[..., None] * rng.uniform(0.85, 1.15, 3)
-    lit = (image * gain * rng.uniform(0.55, 1.25)).clip(0).astype(np.float32)
-    lit **= np.float32(rng.uniform(0.75, 1.25))
+    gain = (1 + weather * (across + down)).clip(0.4)[..., None]
+    gain = gain * (1 + weather * rng.uniform(-0.15, 0.15, 3))
+    lit = (image * gain * (1 + weather * rng.uniform(-0.45, 0.25))).clip(0).astype(np.float32)
+    lit **= np.float32(1 + weather * rng.uniform(-0.25, 0.25))
     if rng.random() < 0.3:
         return cv2.GaussianBlur(lit, (0, 0), c.height * rng.uniform(0.004, 0.01))
     return lit

@@ -1,0 +1,103 @@
+"""`benchmark.py step`: the train step with and without the paper's module, and inference."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks.timing import Candidate, machine, table, take_turns
+from csc_jax import config as config_lib
+from csc_jax import experiment, sharding
+from csc_jax.train_step import compile_step
+
+
+def run() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(prog="benchmark.py step", description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("configs/camvid.py"))
+    parser.add_argument("--classes", type=int, default=11, help="of the data set it is for")
+    parser.add_argument("--methods", nargs="+", default=["mean_teacher", "csc"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="instead of the config's")
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    print(machine())
+    programs, forwards = {}, {}
+    for method in options.methods:
+        config = _load(options.config)
+        config.method.name = method
+        config.method.supervised_only = config.contrast.start = 0  # everything is in force at once
+        config.method.supervised_only_epochs = 0.0
+        if options.dtype:
+            config.model.dtype = options.dtype
+        built = _build(config, options.classes)
+        programs[method] = _step(built)
+        forwards[method] = _forward(built)
+    print(f"\nTrain step of {options.config}, L_c in force, batch on the device:")
+    print(table(take_turns(programs, options.repeats)))
+    print("\nInference, as the compiler counts it:")
+    for method, (flops, size) in forwards.items():
+        print(f"{method:<14} {flops / 1e9:10.3f} GFLOP  {size / 2**20:8.1f} MiB moved")
+
+
+def _load(path: Path) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location("benchmarked_config", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def _build(config: ConfigDict, classes: int) -> experiment.Experiment:
+    config_lib.validate(config)
+    names = tuple(map(str, range(classes)))
+    palette = np.zeros((classes, 3), np.uint8)
+    return experiment.build(config_lib.resolve(config, steps_per_epoch=100), names, palette)
+
+
+def _step(built: experiment.Experiment) -> Candidate:
+    """The compiled step, fed with its own state and one random batch."""
+    batch = sharding.shard_batch(_batch(built), built.mesh)
+    state = built.compile_init()()
+    program = compile_step(built.method, built.tx, built.mesh).lower(state, batch).compile()
+    memory = program.memory_analysis()
+    for _ in range(3):  # fills the bank, so that L_c is what is timed
+        state, metrics = program(state, batch)
+    if "ready" in metrics and not metrics["ready"]:
+        raise SystemExit("The memory bank is not ready after three steps: L_p would be timed.")
+    holder = [state]
+
+    def call() -> None:
+        holder[0], _ = jax.block_until_ready(program(holder[0], batch))
+
+    return Candidate(call, None if memory is None else memory.temp_size_in_bytes)
+
+
+def _batch(built: experiment.Experiment) -> dict[str, dict[str, np.ndarray]]:
+    rng, config = np.random.default_rng(0), built.config
+    height, width = config.data.crop_size
+    halves = {}
+    for name in ("labeled", "unlabeled"):
+        shape = (config.batch[name], height, width)
+        # Blocks, so that every class is there at the stride of the features.
+        blocks = rng.integers(0, built.num_classes, (shape[0], -(-height // 8), -(-width // 8)))
+        label = blocks.repeat(8, 1).repeat(8, 2)[:, :height, :width].astype(np.uint8)
+        image = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
+        halves[name] = {"image": image, "label": label, "inside": np.ones(shape, bool)}
+    return halves
+
+
+def _forward(built: experiment.Experiment) -> tuple[float, float]:
+    """FLOP and bytes of one forward pass of what is evaluated."""
+    config, state = built.config, built.abstract_state()
+    height, width = config.data.crop_size
+    images = jax.ShapeDtypeStruct((config.batch.eval, height, width, 3), np.uint8)
+
+    def logits(network: Any, images: jax.Array) -> jax.Array:
+        return built.method.task.eval_forward(network, images).logits
+
+    cost = jax.jit(logits).lower(state.teacher, images).compile().cost_analysis()
+    return cost["flops"], cost["bytes accessed"]
