@@ -13,7 +13,7 @@ from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
 from csc_jax.evaluation import Scores
 from csc_jax.experiment import Experiment, build
-from csc_jax.state import Network
+from csc_jax.state import Network, TrainState
 
 log = logging.getLogger("csc_jax")
 
@@ -50,20 +50,21 @@ def score(config: ConfigDict, workdir: Path, checkpoint: str) -> Scores:
 
 def load(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Experiment, Network, int]:
     """Restores the network that `config.eval.network` names, with its experiment and its step."""
+    experiment, state = restore(config, workdir, checkpoint)
+    return experiment, getattr(state, config.eval.network), int(state.step)
+
+
+def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Experiment, TrainState]:
+    """Restores a whole state, with its experiment."""
     config_lib.validate(config)
-    with Checkpointer(workdir, read_only=True) as checkpointer:
-        return _restore(config, checkpointer, checkpoint)
-
-
-def _restore(
-    config: ConfigDict, checkpointer: Checkpointer, checkpoint: str
-) -> tuple[Experiment, Network, int]:
-    run = checkpointer.describe(checkpoint)
     config = config_lib.resolve(config, steps_per_epoch=1)  # lengths do not matter here
-    experiment = build(config, tuple(run["class_names"]), np.asarray(run["palette"], np.uint8))
-    restored = checkpointer.restore(experiment.abstract_state(), checkpoint)
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        run = checkpointer.describe(checkpoint)
+        palette = np.asarray(run["palette"], np.uint8)
+        experiment = build(config, tuple(run["class_names"]), palette)
+        restored = checkpointer.restore(experiment.abstract_state(), checkpoint)
     assert restored is not None  # `describe` has found it
-    return experiment, getattr(restored.state, config.eval.network), int(restored.state.step)
+    return experiment, restored.state
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -18,7 +18,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 _DPI = 100
 _INK = "#222222"
 _GRID = "#dddddd"
-_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe-Ito: safe for colour blindness
+_LINES = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # Okabe-Ito: safe for colour blindness
 
 # Lengths of a panel in px. A picture narrower than the least width, or than its header, is enlarged
 # by a whole factor, so that a pixel of a 64x64 image can be seen; a very wide one is reduced.
@@ -172,6 +179,59 @@ def save_curves(path: Path, records: Sequence[Mapping[str, Any]], title: str = "
     _save(figure, path)
 
 
+def save_lines(
+    path: Path, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str
+) -> None:
+    """Writes one chart of several runs over the training steps as a PNG.
+
+    Args:
+      path: the file; its folder is made.
+      series: name of the run -> steps and values.
+      title: of the chart.
+    """
+    figure = _figure(720, 440)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+    axes = figure.add_subplot()
+    for i, (name, (steps, values)) in enumerate(series.items()):
+        axes.plot(steps, values, color=_LINES[i % len(_LINES)], linewidth=1.8, label=name)
+    axes.set_xlabel("step", fontsize=9, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _style(axes, title)
+    _save(figure, path)
+
+
+def save_bars(
+    path: Path, series: Mapping[str, Sequence[float]], labels: Sequence[str], title: str
+) -> None:
+    """Writes grouped bars as a PNG: one group a label, one bar a run.
+
+    Args:
+      path: the file; its folder is made.
+      series: name of the run -> one value a label.
+      labels: of the groups.
+      title: of the chart.
+    """
+    figure = _figure(max(720, 60 * len(labels)), 440)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+    axes = figure.add_subplot()
+    width = 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        place = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
+        axes.bar(place, values, width, color=_LINES[i % len(_LINES)], label=name)
+    axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
+    _style(axes, title)
+    _save(figure, path)
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+    axes.tick_params(labelsize=8, colors=_INK, length=0)
+    axes.grid(color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.legend(fontsize=8, frameon=True, framealpha=0.8, edgecolor="none", labelcolor=_INK)
+
+
 def _draw_chart(axes: Axes, chart: _Chart, records: Sequence[Mapping[str, Any]]) -> None:
     for (key, name), color in zip(chart.series.items(), _LINES, strict=False):
         points = [(r["step"], r[key] * chart.factor) for r in records if r.get(key) is not None]
@@ -186,18 +246,13 @@ def _draw_chart(axes: Axes, chart: _Chart, records: Sequence[Mapping[str, Any]])
         label = f"{name}  {values[-1]:.4g}"
         axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, ms=3.5, label=label)
     axes.set_xlim(0, max(record["step"] for record in records) * 1.02)  # the same on all charts
-    axes.set_title(chart.title, loc="left", fontsize=10, color=_INK)
     axes.set_xlabel("step", fontsize=8, color=_INK)
     axes.set_ylabel(chart.unit, fontsize=8, color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.tick_params(labelsize=8, colors=_INK, length=0)
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
     if chart.share:
         axes.set_ylim(-3, 103)
-    axes.legend(fontsize=8, frameon=True, framealpha=0.8, edgecolor="none", labelcolor=_INK)
+    _style(axes, chart.title)
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -1,7 +1,10 @@
 """Whole runs: training, checkpoints, resuming, evaluation, prediction, on drawn scenes."""
 
 import json
+import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -17,6 +20,8 @@ from csc_jax.errors import UserError
 from csc_jax.experiment import build
 from csc_jax.score import load, score
 from csc_jax.train import train
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +184,43 @@ def test_bad_settings_fail_before_anything_compiles(folder, tmp_path, monkeypatc
     ):
         with pytest.raises(UserError, match=message):
             train(tiny_config(folder, **overrides), tmp_path / "never")
+
+
+def test_figures_of_several_runs(whole, folder):
+    _, workdir, _ = whole
+    draw = runpy.run_path(str(SCRIPTS / "plot_figures.py"))["draw"]
+    out = folder / "figures"
+    draw({"ours": workdir, "again": workdir}, "latest", 2, out)
+    names = {"fig1_separ", "fig2_cons", "fig4_class_separation", "fig5_examples"}
+    assert {path.stem for path in out.glob("*.png")} == names
+    for path in out.glob("*.png"):
+        assert len(np.unique(cv2.imread(str(path)))) > 10  # something is drawn
+    with pytest.raises(UserError, match="nowhere"):
+        draw({"ours": workdir, "none": folder / "nowhere"}, "latest", 2, out)
+
+
+def test_benchmark_of_the_module_prints_its_tables():
+    sizes = {"classes": 3, "bank_size": 8, "dim": 4, "images": 2, "side": 8, "views": 2}
+    arguments = [f"--{name}={value}" for name, value in sizes.items()]
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "contrast", "--repeats=1"]
+    done = subprocess.run(command + arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("  ")[0] for line in done.stdout.splitlines() if " ms " in line]
+    assert rows[:2] == ["streamed (csc_jax.contrast)", "dense, JAX"]
+    assert rows[-2:] == ["sampling", "bank update, both gates"]
+
+
+def test_the_projection_head_costs_nothing_at_inference(folder):
+    def cost(method):
+        config = config_lib.resolve(tiny_config(folder, method__name=method), steps_per_epoch=4)
+        experiment = build(config, ("a", "b"), np.zeros((2, 3), np.uint8))
+        network = experiment.abstract_state().teacher
+        images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.uint8)
+        forward = jax.jit(lambda network, x: experiment.method.task.eval_forward(network, x).logits)
+        lowered = forward.lower(network, images)
+        return lowered.cost_analysis(), len(jax.tree.leaves(network.params))
+
+    (with_head, more_leaves), (without, fewer_leaves) = cost("csc"), cost("supervised")
+    assert more_leaves > fewer_leaves  # the head is in the checkpoint…
+    assert with_head["flops"] == without["flops"]  # …and not in the program
+    assert with_head["bytes accessed"] == without["bytes accessed"]

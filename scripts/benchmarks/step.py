@@ -1,7 +1,7 @@
 """`benchmark.py step`: the train step with and without the paper's module, and inference."""
 
 import argparse
-import importlib.util
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,7 @@ def run() -> None:
 
 
 def _load(path: Path) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("benchmarked_config", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return runpy.run_path(str(path))["get_config"]()
 
 
 def _build(config: ConfigDict, classes: int) -> experiment.Experiment:
