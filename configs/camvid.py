@@ -43,6 +43,6 @@ def get_config() -> ConfigDict:
     c.optimizer.learning_rate = 1e-3
     c.optimizer.weight_decay = 1e-4
 
-    c.train.steps = 1500
+    c.train.steps = 3000
     c.train.eval_every = 500
     return c

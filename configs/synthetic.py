@@ -17,8 +17,10 @@ def get_config() -> ConfigDict:
     c.data.name = "synthetic"
     c.data.labeled_fraction = "1/16"
     c.data.crop_size = (64, 64)
-    c.data.synthetic.train = 192
+    c.data.scale_range = (0.8, 1.25)  # 600 steps at (0.5, 2.0) were too few even for all labels
+    c.data.synthetic.train = 384  # of which 24 are labelled
     c.data.synthetic.val = 64
+    c.data.synthetic.weather = 0.3
 
     c.batch.labeled = 4
     c.batch.unlabeled = 4
@@ -32,7 +34,12 @@ def get_config() -> ConfigDict:
     c.model.decoder_width = 32
     c.model.projection_dim = 32
 
-    c.method.supervised_only = 150  # an untrained teacher's labels do harm
+    c.method.supervised_only = 250  # an untrained teacher's labels do harm
+    # Without a photometric strong view the teacher confirms its own errors: with 12 labels it fell
+    # from 46 to 28% mIoU in 1,000 steps.
+    c.method.color_jitter = 0.8
+    c.method.grayscale = 0.2
+    c.method.blur = 0.5
     c.method.pseudo_label.threshold = 0.95
     c.contrast.weight = 0.1
     c.contrast.bank_size = 256
@@ -40,9 +47,9 @@ def get_config() -> ConfigDict:
     c.contrast.views_per_class = 12
 
     c.optimizer.name = "adamw"
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 3e-3
     c.optimizer.weight_decay = 1e-4
 
-    c.train.steps = 600
-    c.train.eval_every = 200
+    c.train.steps = 1000
+    c.train.eval_every = 250
     return c

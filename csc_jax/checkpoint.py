@@ -22,7 +22,6 @@ class Restored:
 
     state: TrainState
     iterator: dict[str, Any]  # Grain's get_state() before the next batch
-    run: dict[str, Any]  # config, class names and palette, as `train.describe` returns them
 
 
 class Checkpointer:
@@ -122,10 +121,9 @@ class Checkpointer:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(like),
             iterator=ocp.args.JsonRestore(),
-            run=ocp.args.JsonRestore(),
         )
         restored = self._manager.restore(step, args=arguments)
-        return Restored(restored["state"], restored["iterator"], restored["run"])
+        return Restored(restored["state"], restored["iterator"])
 
     def describe(self, which: str = "latest") -> dict[str, Any]:
         """Returns what the run says of itself in a checkpoint: config, class names, palette.

@@ -37,7 +37,7 @@ def default_config() -> ConfigDict:
     c.data.mean = (123.675, 116.28, 103.53)  # per RGB channel, 0..255 (lineage); also the padding
     c.data.std = (58.395, 57.12, 57.375)  # per RGB channel, 0..255 (lineage)
     c.data.threads = 2  # read and decode threads of the host pipeline
-    c.data.prefetch = 8  # elements buffered ahead per stream (Grain's own default is 500)
+    c.data.prefetch = 8  # batches, labelled and unlabelled together, made ahead (Grain's own: 500)
     c.data.workers = 0  # worker processes of the host pipeline; 0 = threads only
     c.data.synthetic = ConfigDict()  # only read when data.name is synthetic
     c.data.synthetic.train = 192  # images

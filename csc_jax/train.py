@@ -84,7 +84,8 @@ def _train(
     probe = Probe(experiment, val)
     probe.measure(start, state)
     scores: Scores | None = None
-    with MetricWriter(workdir, resume_step=start, wandb=config.wandb) as writer:
+    wandb = run["config"] if config.wandb else None
+    with MetricWriter(workdir, resume_step=start, wandb=wandb) as writer:
         progress = Progress(total, start)
         recorder = _Recorder(config, writer, progress, data.steps_per_epoch(config, partition))
         for step in range(start + 1, total + 1):

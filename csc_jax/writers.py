@@ -30,15 +30,18 @@ class MetricWriter:
     One JSON object a line: {"step": …, "train/loss": …}; a value that is not finite is null.
     """
 
-    def __init__(self, workdir: Path, resume_step: int = 0, *, wandb: bool = False):
+    def __init__(
+        self, workdir: Path, resume_step: int = 0, *, wandb: Mapping[str, Any] | None = None
+    ):
         """Opens the files of a run, dropping records later than `resume_step`.
 
         A run that was killed wrote records after its last checkpoint; they will come again.
+        `wandb` is the config to log there too, None = do not.
 
         Raises:
           UserError: the work directory cannot be written, or wandb is asked for but not installed.
         """
-        self._wandb = _start_wandb(workdir) if wandb else None
+        self._wandb = None if wandb is None else _start_wandb(workdir, wandb)
         path = metrics_path(workdir)
         try:
             workdir.mkdir(parents=True, exist_ok=True)
@@ -194,7 +197,7 @@ class Progress:
             self._above_the_bar.close()
 
 
-def _start_wandb(workdir: Path) -> Any:
+def _start_wandb(workdir: Path, config: Mapping[str, Any]) -> Any:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
@@ -202,4 +205,4 @@ def _start_wandb(workdir: Path) -> Any:
             "wandb is true, but the package wandb is not installed. Run `pip install wandb`, or "
             "leave --config.wandb out."
         ) from error
-    return wandb.init(project="csc_jax", name=workdir.name, dir=workdir)
+    return wandb.init(project="csc_jax", name=workdir.name, dir=workdir, config=dict(config))

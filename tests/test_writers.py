@@ -140,17 +140,24 @@ def test_wandb_gets_finite_values_when_asked_for(tmp_path, monkeypatch):
     run = types.SimpleNamespace(
         log=lambda values, step: logged.append((step, values)), finish=lambda: finished.append(True)
     )
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
-    with MetricWriter(tmp_path, wandb=True) as writer:
+    started = {}
+
+    def init(**arguments):
+        started.update(arguments)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with MetricWriter(tmp_path, wandb={"seed": 3}) as writer:
         writer.write(1, {"train/loss": 1.0, "train/loss_c": float("nan")})
     assert logged == [(1, {"train/loss": 1.0})]
     assert finished == [True]
+    assert started["config"] == {"seed": 3}
 
 
 def test_a_missing_wandb_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
     with pytest.raises(UserError, match="pip install wandb"):
-        MetricWriter(tmp_path, wandb=True)
+        MetricWriter(tmp_path, wandb={"seed": 3})
 
 
 VALUES = {
