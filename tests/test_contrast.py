@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from csc_jax import contrast
 from csc_jax.contrast import streaming
 
+KEY = jax.random.key(0)
 GOLDEN = sorted((Path(__file__).parent / "golden" / "contrast").glob("*.npz"))
 LOSSES = {
     "mean_batch": (False, None),
@@ -270,6 +271,37 @@ def test_bad_arguments_fail_at_trace_time(arguments, message):
         )
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b: contrast.enqueue(b, jnp.ones((1, 3, 2, 4)), jnp.ones((1, 3, 2), bool)), "B, 2"),
+        (lambda b: contrast.enqueue(b, jnp.ones((1, 2, 2, 5)), jnp.ones((1, 2, 2), bool)), "4"),
+        (lambda b: contrast.enqueue(b, jnp.ones((1, 2, 2, 4)), jnp.ones((1, 2), bool)), "valid"),
+        (lambda b: consistency_of(b, (1, 6, 5), (1, 6)), r"B, n, 4"),
+        (lambda b: consistency_of(b, (1, 6, 4), (1, 5)), r"labels and valid"),
+        (lambda b: consistency_of(b, (1, 6, 4), (1, 6), class_mean="median"), "median"),
+        (lambda b: contrast.gate(b, b, "sometimes"), "sometimes"),
+        (lambda b: contrast.init_memory_bank(0, 3, 4), "positive"),
+        (lambda b: contrast.consistency(jnp.ones((2, 4)), jnp.ones((3, 4))), "one shape"),
+        (lambda b: contrast.order_by_class(KEY, jnp.ones(3, int), jnp.ones(4, int), 2), "labels"),
+        (
+            lambda b: contrast.order_by_class(KEY, jnp.ones(3, int), jnp.ones(3, int), 40000),
+            "32768",
+        ),
+    ],
+)
+def test_shapes_and_names_that_do_not_fit_fail_at_trace_time(call, message):
+    bank = contrast.init_memory_bank(2, 3, 4)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(call, bank)
+
+
+def consistency_of(bank, queries, labels, **options):
+    return contrast.consistency_step(
+        bank, jnp.ones(queries), jnp.ones(labels, int), jnp.ones(labels, bool), **options
+    )
+
+
 def test_separation_of_known_banks():
     bank = contrast.init_memory_bank(2, 2, 2)
     one_each = jnp.zeros((1, 2, 1, 2))
@@ -340,6 +372,56 @@ def test_enqueue_is_first_in_first_out(seed, size, calls):
         slots = (int(bank.cursor[c]) - len(kept) + np.arange(len(kept))) % size
         expected = np.array(kept).reshape(-1, dim)
         np.testing.assert_allclose(np.asarray(bank.features)[c, slots], expected, rtol=1e-6)
+
+
+def slow_separation(features, counts):
+    """Eq. 9 as it is written: the Gram matrix of the normalised class means, and V."""
+    means = []
+    for entries, count in zip(features, counts, strict=True):
+        mean = entries[:count].mean(0) if count else np.zeros(features.shape[2])
+        means.append(mean / max(np.linalg.norm(mean), 1e-12))
+    classes = len(counts)
+    gram = sum(a @ b for a in means for b in means)
+    return gram + classes * (classes - 1)
+
+
+def slow_consistency_step(features, counts, queries, labels, valid, class_mean):
+    """Eq. 8 as it is written, one entry at a time."""
+    after = features.copy()
+    for c, count in enumerate(counts):
+        member = valid & (labels == c)  # (B, n)
+        if not member.any():
+            continue
+        mean = queries[member].mean(0)
+        if class_mean == "per_image":
+            means = [queries[i][member[i]].mean(0) for i in range(len(queries)) if member[i].any()]
+            mean = unit(np.mean(means, axis=0))
+        alpha = count / (count + member.sum())
+        for slot in range(count):
+            after[c, slot] = unit(alpha * features[c, slot] + (1 - alpha) * mean)
+    return after
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**31),
+    counts=st.sampled_from([[4], [0, 4, 2], [3, 1, 0], [0, 0, 0]]),
+    class_mean=st.sampled_from(["per_image", "pooled"]),
+    share_valid=st.sampled_from([0.0, 0.1, 0.7, 1.0]),
+)
+def test_bank_measures_equal_the_slow_ones(seed, counts, class_mean, share_valid):
+    rng = np.random.default_rng([seed, 1])
+    bank = random_bank(seed, counts, size=4, dim=3)
+    queries = unit(rng.normal(size=(2, 5, 3))).astype(np.float32)
+    labels = rng.choice([0, 1, 2, 255, -1], (2, 5))
+    valid = rng.random((2, 5)) < share_valid
+    step = jax.jit(contrast.consistency_step, static_argnames="class_mean")
+    candidate = step(bank, queries, labels, valid, class_mean=class_mean)
+    features = np.asarray(bank.features, np.float64)
+    expected = slow_consistency_step(features, counts, queries, labels, valid, class_mean)
+    np.testing.assert_allclose(candidate.features, expected, atol=1e-5)
+    for x, y in ((bank, features), (candidate, expected)):
+        np.testing.assert_allclose(contrast.separation(x), slow_separation(y, counts), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
