@@ -1,5 +1,7 @@
 """The step: equal on one and several devices, learning, faithful to the equations."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,9 +41,11 @@ def test_one_and_four_devices_agree(method):
     for i in range(3):  # with csc, the bank is ready by then, so that L_c and both gates take part
         state, _ = one.step(state, one.batch(i))
     # From one state: sampling and thresholds would turn rounding errors into other pixels.
-    before = jax.device_get(state)
-    after_one, metrics_one = jax.device_get(one.step(before, one.batch(3)))
-    after_four, metrics_four = jax.device_get(four.step(before, four.batch(3)))
+    # Each step gets a copy: it is donated, and on a CPU host arrays may share the device's memory.
+    before = jax.tree.map(np.array, jax.device_get(state))
+    first, second = copy.deepcopy(before), copy.deepcopy(before)
+    after_one, metrics_one = jax.device_get(one.step(first, one.batch(3)))
+    after_four, metrics_four = jax.device_get(four.step(second, four.batch(3)))
     if method == "csc":
         assert metrics_one["ready"] == 1.0
     assert metrics_one.keys() == metrics_four.keys()
@@ -49,10 +53,21 @@ def test_one_and_four_devices_agree(method):
         np.testing.assert_allclose(metrics_four[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(after_one)]
     leaves = zip(paths, jax.tree.leaves(after_one), jax.tree.leaves(after_four), strict=True)
+    gradient = difference = 0.0
     for path, a, b in leaves:
+        if ".trace" in path:
+            # The gradient is not continuous: a unit that rounding lifts over ReLU's zero, one of 32
+            # of its channel in the last stage, moves that channel by 2%. So whole vectors are
+            # compared, each leaf and all together; a wrong sum over devices would be off by much.
+            assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(a) + 1e-5, path
+            gradient += np.sum(np.square(a, dtype=np.float64))
+            difference += np.sum(np.square(a - b, dtype=np.float64))
+            continue
         # A sum's rounding error goes with its largest terms, not with what is left of them.
         atol = 2e-5 * max(1.0, float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a))))
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol, err_msg=path)
+    assert gradient > 0
+    assert difference <= 1e-3**2 * gradient
 
 
 def test_training_lowers_the_loss_and_raises_miou():
