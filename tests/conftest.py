@@ -1,8 +1,10 @@
 """Every test runs on four virtual CPU devices, with JAX's rank check on and warnings as errors."""
 
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # JAX reads these when it is imported or first used, hence before any other import. They are
@@ -36,6 +38,15 @@ settings.load_profile("csc_jax")
 def pytest_unconfigure(config: pytest.Config) -> None:
     if OWNS_CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """Takes back what `main.log_to_terminal` did: its handler holds a test's captured stdout."""
+    log = logging.getLogger("csc_jax")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 @pytest.fixture(scope="session")
