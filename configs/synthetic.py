@@ -2,9 +2,9 @@
 
 Command:    python -m csc_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
 Hardware:   2 CPU cores
-Run time:   not measured on an idle machine yet
-Expected:   teacher mIoU 30.4 +- 0.2 for csc and 31.8 +- 0.8 for supervised (600 steps, 3 seeds):
-            this is too short for unlabelled images to help
+Run time:   1 minute (supervised), 3 (csc), compilation included
+Expected:   teacher mIoU 50.1 ± 0.6 for supervised and 49.9 ± 1.1 for csc (1,000 steps,
+            3 seeds): unlabelled images make no difference yet at this length
 """
 
 from ml_collections import ConfigDict
@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
     c.model.projection_dim = 32
 
     c.method.supervised_only = 250  # an untrained teacher's labels do harm
-    # Without a photometric strong view the teacher confirms its own errors: with 12 labels it fell
-    # from 46 to 28% mIoU in 1,000 steps.
+    # Without a photometric strong view the teacher confirms its own errors: with 12 labels it ended
+    # at 28% mIoU after 1,000 steps, where supervised had 46%.
     c.method.color_jitter = 0.8
     c.method.grayscale = 0.2
     c.method.blur = 0.5
