@@ -46,6 +46,12 @@ class Experiment:
             jax.eval_shape(self.compile_init()),
         )
 
+    def predict_image(self, network: Network, image: np.ndarray) -> np.ndarray:
+        """Returns the class ids, (H, W) uint8, of one image (H, W, 3) uint8 RGB."""
+        # The predictor wants a batch that divides by the mesh.
+        batch = np.repeat(image[None], self.mesh.size, axis=0)
+        return np.asarray(self.predict(network.variables, batch))[0]
+
     def evaluate(self, network: Network, source: data.Source) -> evaluation.Scores:
         """Scores a network on a split in the way that `config.eval` says."""
         batches = data.eval_batches(source, self.config.batch.eval)

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -85,13 +86,11 @@ def dispatch() -> None:
         out = Path(_required(_OUT, "the folder to write to"))
         experiment, network, _ = load(config, workdir, _CHECKPOINT.value)
         predict_folder(
-            experiment.predict,
-            network.variables,
+            partial(experiment.predict_image, network),
             images,
             out,
             palette=experiment.palette,
             image_size=tuple(config.data.image_size),
-            devices=experiment.mesh.size,
         )
 
 

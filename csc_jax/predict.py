@@ -3,10 +3,8 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
-import jax
 import numpy as np
 
 from csc_jax import data, visualize
@@ -19,14 +17,12 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def predict_folder(
-    predict: Callable[[Any, np.ndarray], jax.Array],
-    variables: Any,
+    predict: Callable[[np.ndarray], np.ndarray],
     images: Path,
     out: Path,
     *,
     palette: np.ndarray,
     image_size: tuple[int, int],
-    devices: int = 1,
 ) -> list[Path]:
     """Writes `NAME.png` (class ids) and `NAME_overlay.png` (colours) for each image.
 
@@ -34,13 +30,11 @@ def predict_folder(
     its class ids are enlarged to their nearest neighbours.
 
     Args:
-      predict: see `evaluation.make_predictor`.
-      variables: of the network.
+      predict: image (H, W, 3) uint8 RGB -> class ids (H, W) uint8.
       images: one .jpg, .jpeg or .png, or a folder of them.
       out: folder to write to; made where it is missing.
       palette: (C, 3) uint8 RGB.
       image_size: `data.image_size` of the run, (height, width) px; (0, 0) = own size.
-      devices: in the mesh; one image is repeated for each.
 
     Returns:
       The index PNGs written.
@@ -71,8 +65,7 @@ def predict_folder(
         if any(image_size):
             no_label = np.zeros((height, width), np.uint8)
             small, _ = transforms.resize(image, no_label, image_size)  # as the data were prepared
-        batch = np.repeat(small[None], devices, axis=0)
-        classes = np.asarray(predict(variables, batch))[0]
+        classes = predict(small)
         if classes.shape != (height, width):
             nearest = cv2.INTER_NEAREST_EXACT
             classes = cv2.resize(classes, (width, height), interpolation=nearest)

@@ -50,7 +50,7 @@ class Probe:
         """Returns the columns of a panel: header -> one picture an image."""
         experiment = self._experiment
         name = experiment.config.eval.network
-        variables = getattr(state, name).variables
+        network = getattr(state, name)
         key = jax.random.fold_in(jax.random.key(_SALT), state.step)
         columns: dict[str, list[np.ndarray]] = {
             "image": [example["image"] for example in self._images],
@@ -58,9 +58,7 @@ class Probe:
             name: [],
         }
         for example in self._images:
-            # The predictor wants a batch that divides by the mesh.
-            batch = np.repeat(example["image"][None], experiment.mesh.size, axis=0)
-            columns[name].append(np.asarray(experiment.predict(variables, batch))[0])
+            columns[name].append(experiment.predict_image(network, example["image"]))
             pseudo = self._pseudo_labels(key, state, jnp.asarray(example["image"][None]))
             if pseudo is not None:
                 column = columns.setdefault("pseudo-label, hatched where M = 0", [])

@@ -13,7 +13,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from csc_jax import contrast, data, score, stored_config, visualize, writers
@@ -115,19 +114,12 @@ def _examples(restored: dict[str, tuple[Experiment, TrainState]], images: int, p
     chosen = [source[i] for i in np.linspace(0, len(source) - 1, images).round().astype(int)]
     columns = {"image": [example["image"] for example in chosen]}
     for name, (experiment, state) in restored.items():
-        variables = getattr(state, experiment.config.eval.network).variables
-        columns[name] = [_predict(experiment, variables, example["image"]) for example in chosen]
+        network = getattr(state, experiment.config.eval.network)
+        columns[name] = [experiment.predict_image(network, example["image"]) for example in chosen]
     columns["ground truth"] = [example["label"] for example in chosen]
     title = f"{config.eval.split} of {config.data.name}"
     visualize.save_panel(path, columns, experiment.palette, experiment.class_names, title)
     _report(path, True)
-
-
-def _predict(experiment: Experiment, variables: dict, image: np.ndarray) -> np.ndarray:
-    """(H, W) uint8."""
-    # The predictor wants a batch that divides by the mesh.
-    batch = np.repeat(image[None], experiment.mesh.size, axis=0)
-    return np.asarray(jax.device_get(experiment.predict(variables, batch))[0])
 
 
 def _report(path: Path, drawn: bool) -> None:

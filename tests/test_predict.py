@@ -1,31 +1,38 @@
 """`predict_folder` on a network that names the brightest channel."""
 
+import dataclasses
+
 import cv2
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_config
 
+from csc_jax import config as config_lib
 from csc_jax import evaluation
 from csc_jax.errors import UserError
+from csc_jax.experiment import build
 from csc_jax.predict import predict_folder
+from csc_jax.state import Network
 
 PALETTE = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
 
 
 @pytest.fixture(scope="module")
 def predict(mesh1):
-    return evaluation.make_predictor(
+    predictor = evaluation.make_predictor(
         lambda variables, images: images.astype(jnp.float32) * variables["scale"],
         num_classes=3,
         mode="whole",
         window=(0, 0),
         mesh=mesh1,
     )
+    return lambda image: np.asarray(predictor({"scale": jnp.float32(2)}, image[None]))[0]
 
 
 def run(predict, images, out, **options):
     options = {"palette": PALETTE, "image_size": (0, 0)} | options
-    return predict_folder(predict, {"scale": jnp.float32(2)}, images, out, **options)
+    return predict_folder(predict, images, out, **options)
 
 
 def save(path, classes):
@@ -74,13 +81,28 @@ def test_one_file_and_a_size_for_the_network(predict, folder, tmp_path):
     save(folder / "one.jpg", classes)
     seen = []
 
+    def spy(image):
+        seen.append(image.shape)
+        return predict(image)
+
+    (index,) = run(spy, folder / "one.jpg", tmp_path / "out", image_size=(12, 20))
+    assert seen == [(12, 20, 3)]
+    np.testing.assert_array_equal(read(index), classes)
+
+
+def test_an_image_is_predicted_on_any_number_of_devices():
+    config = config_lib.resolve(tiny_config(parallel__devices=4), steps_per_epoch=1)
+    seen = []
+
     def spy(variables, images):
         seen.append(images.shape)
-        return predict(variables, images)
+        return jnp.argmax(images, axis=-1).astype(jnp.uint8)
 
-    (index,) = run(spy, folder / "one.jpg", tmp_path / "out", image_size=(12, 20), devices=2)
-    assert seen == [(2, 12, 20, 3)]  # one copy a device
-    np.testing.assert_array_equal(read(index), classes)
+    experiment = dataclasses.replace(build(config, tuple("abcd"), PALETTE), predict=spy)
+    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    classes = experiment.predict_image(Network({}, {}), image)
+    assert seen == [(4, 6, 8, 3)]  # one copy a device
+    np.testing.assert_array_equal(classes, image.argmax(-1))
 
 
 def test_bad_images_are_named_after_the_others_are_done(predict, folder, tmp_path):

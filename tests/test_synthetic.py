@@ -27,6 +27,16 @@ def test_a_scene_depends_on_seed_split_and_index_alone(drawn):
         assert np.abs(image.astype(int) - images[3]).mean() > 5, other
 
 
+def test_weather_changes_the_light_and_nothing_else():
+    def brightness(weather):
+        scenes = [synthetic.Scene(0, "train", i, (64, 64), weather).read() for i in range(12)]
+        return [image.mean() for image, _, _ in scenes], [label for _, label, _ in scenes]
+
+    (clear, labels), (mixed, same) = brightness(0.0), brightness(1.0)
+    np.testing.assert_array_equal(labels, same)
+    assert np.std(clear) < 0.8 * np.std(mixed)
+
+
 def test_every_pixel_has_a_class_and_every_class_its_share(drawn):
     images, labels = drawn
     assert images.dtype == labels.dtype == np.uint8
