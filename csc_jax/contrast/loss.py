@@ -110,8 +110,10 @@ def _value_and_gradient(
     else:
         positives = _nearest_positives(batch, own, bank, log_sum, top_n)
     counted = (labels >= 0) & (positives.number > 0)
-    # (n,): one over (queries that count x positives of this one)
-    weight = jnp.where(counted, 1.0, 0.0) / jnp.maximum(positives.number * jnp.sum(counted), 1)
+    # (n,): one over (queries that count x positives of this one); float32, as the product of two
+    # counts may be beyond int32.
+    terms = positives.number.astype(jnp.float32) * jnp.sum(counted)
+    weight = jnp.where(counted, 1.0, 0.0) / jnp.maximum(terms, 1.0)
     value = jnp.sum(weight * positives.loss)
     if not want_gradient:
         return value, jnp.zeros_like(queries)
