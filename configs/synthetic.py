@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.data.scale_range = (0.8, 1.25)  # 600 steps at (0.5, 2.0) were too few even for all labels
     c.data.synthetic.train = 384  # of which 24 are labelled
     c.data.synthetic.val = 64
-    c.data.synthetic.weather = 0.3
+    c.data.synthetic.weather = 0.3  # at 1.0 even all labels gave only 52% mIoU in 1,500 steps
 
     c.batch.labeled = 4
     c.batch.unlabeled = 4

@@ -2,6 +2,7 @@
 
 import copy
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,10 @@ def csc_run():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_and_four_devices_agree(method):
+def test_one_and_four_devices_agree(method, monkeypatch):
+    # ReLU's derivative jumps: a unit that rounding lifts over zero moves its channel's gradient by
+    # percents. A smooth one in its place leaves rounding errors alone to be compared.
+    monkeypatch.setattr(nn, "relu", nn.silu)
     # Plain SGD: Adam divides by the root of a mean square, which blows rounding errors of near-zero
     # gradients up to full steps.
     config = tiny_config(method__name=method, optimizer__name="sgd", optimizer__learning_rate=1e-3)
@@ -53,21 +57,10 @@ def test_one_and_four_devices_agree(method):
         np.testing.assert_allclose(metrics_four[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(after_one)]
     leaves = zip(paths, jax.tree.leaves(after_one), jax.tree.leaves(after_four), strict=True)
-    gradient = difference = 0.0
     for path, a, b in leaves:
-        if ".trace" in path:
-            # The gradient is not continuous: a unit that rounding lifts over ReLU's zero, one of 32
-            # of its channel in the last stage, moves that channel by 2%. So whole vectors are
-            # compared, each leaf and all together; a wrong sum over devices would be off by much.
-            assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(a) + 1e-5, path
-            gradient += np.sum(np.square(a, dtype=np.float64))
-            difference += np.sum(np.square(a - b, dtype=np.float64))
-            continue
         # A sum's rounding error goes with its largest terms, not with what is left of them.
         atol = 2e-5 * max(1.0, float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a))))
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol, err_msg=path)
-    assert gradient > 0
-    assert difference <= 1e-3**2 * gradient
 
 
 def test_training_lowers_the_loss_and_raises_miou():
