@@ -514,7 +514,7 @@ def test_update_is_algorithm_1(seed):
         np.testing.assert_allclose(x, y, rtol=1e-6)
     assert metrics["consistency_accepted"] == float(consistent)
     assert metrics["enqueue_accepted"] == float(enqueued)
-    np.testing.assert_allclose(metrics["separation"], contrast.separation(after))
+    np.testing.assert_allclose(metrics["separation"], contrast.separation(after), rtol=1e-6)
 
 
 @settings(max_examples=40)

@@ -1,6 +1,7 @@
 """The class-wise memory bank: its state, the consistency step (Eq. 8) and the enqueue step."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,30 @@ def bank_ready(bank: MemoryBank, *, min_fill: int = 1, absent: tuple[int, ...] =
     return jnp.all((bank.count >= min_fill) | ~expected)
 
 
+class Change(NamedTuple):
+    """What a step would do to a bank, class by class; one of two that a gate decides between.
+
+    A gate must know the candidate's class means before the bank may change. Seen class by class
+    they need the memory of one class, where a candidate beside the bank needs that of a bank.
+    """
+
+    entries: Callable[[Array, Any], Array]  # ((S, D), data of one class) -> (S, D)
+    data: Any  # pytree of arrays with C as their first axis
+    count: Array  # type: ignore[assignment]  # (C,) int32, afterwards; see MemoryBank
+    cursor: Array  # (C,) int32, afterwards
+
+
+def apply_change(bank: MemoryBank, change: Change) -> MemoryBank:
+    """Returns the bank after a change; in place where the compiler may reuse the bank's buffer."""
+
+    def one_class(c: Array, features: Array) -> Array:
+        entries, data = jax.tree.map(lambda x: x[c], (features, change.data))
+        return features.at[c].set(change.entries(entries, data))
+
+    features = jax.lax.fori_loop(0, bank.features.shape[0], one_class, bank.features)
+    return bank._replace(features=features, count=change.count, cursor=change.cursor)
+
+
 def consistency_step(
     bank: MemoryBank, queries: Array, labels: Array, valid: Array, *, class_mean: str = "per_image"
 ) -> MemoryBank:
@@ -70,7 +95,15 @@ def consistency_step(
     Returns:
       The bank with new features. A class without a query, and every free slot, is left alone.
     """
-    num_classes = bank.features.shape[0]
+    change = consistency_change(bank, queries, labels, valid, class_mean=class_mean)
+    return apply_change(bank, change)
+
+
+def consistency_change(
+    bank: MemoryBank, queries: Array, labels: Array, valid: Array, *, class_mean: str
+) -> Change:
+    """Returns what `consistency_step` does."""
+    num_classes, size, _ = bank.features.shape
     _check_sampled(bank, queries, labels, valid)
     if class_mean not in ("per_image", "pooled"):
         raise ValueError(f"class_mean must be 'per_image' or 'pooled', got {class_mean!r}")
@@ -88,10 +121,14 @@ def consistency_step(
         mean = jnp.sum(sums, axis=0) / jnp.maximum(total, 1.0)[:, None]
     fill = bank.count.astype(jnp.float32)
     alpha = fill / jnp.maximum(fill + total, 1.0)  # (C,), Eq. 8c
-    alpha = alpha[:, None, None]
-    blended = normalize(alpha * bank.features + (1.0 - alpha) * mean[:, None, :])  # Eq. 8b
-    changed = bank.occupied & (total > 0)[:, None]  # (C, S)
-    return bank._replace(features=jnp.where(changed[..., None], blended, bank.features))
+    last = jnp.where(total > 0, bank.count, 0)  # (C,), entries that move
+
+    def entries(old: Array, data: tuple[Array, Array, Array]) -> Array:
+        mean, alpha, last = data  # (D,), (), ()
+        blended = normalize(alpha * old + (1.0 - alpha) * mean[None, :])  # Eq. 8b
+        return jnp.where(jnp.arange(size)[:, None] < last, blended, old)
+
+    return Change(entries, (mean, alpha, last), bank.count, bank.cursor)
 
 
 def enqueue(bank: MemoryBank, features: Array, valid: Array) -> MemoryBank:
@@ -106,6 +143,11 @@ def enqueue(bank: MemoryBank, features: Array, valid: Array) -> MemoryBank:
       The bank with the valid features appended in the order image, then slot. Where one class
       brings more than S of them, the last S stay.
     """
+    return apply_change(bank, enqueue_change(bank, features, valid))
+
+
+def enqueue_change(bank: MemoryBank, features: Array, valid: Array) -> Change:
+    """Returns what `enqueue` does."""
     num_classes, size, dim = bank.features.shape
     if features.ndim != 4 or features.shape[1] != num_classes or features.shape[3] != dim:
         raise ValueError(
@@ -122,12 +164,13 @@ def enqueue(bank: MemoryBank, features: Array, valid: Array) -> MemoryBank:
     # overwritten within this very call.
     keep &= rank >= total - size
     slot = jnp.where(keep, (bank.cursor[:, None] + rank) % size, size)  # `size` is out of bounds
-    row = jnp.arange(num_classes)[:, None]
-    return bank._replace(
-        features=bank.features.at[row, slot].set(new, mode="drop"),
-        count=jnp.minimum(bank.count + total[:, 0], size),
-        cursor=(bank.cursor + total[:, 0]) % size,
-    )
+
+    def entries(old: Array, data: tuple[Array, Array]) -> Array:
+        slot, new = data  # (B*K,), (B*K, D)
+        return old.at[slot].set(new, mode="drop")
+
+    count = jnp.minimum(bank.count + total[:, 0], size)
+    return Change(entries, (slot, new), count, (bank.cursor + total[:, 0]) % size)
 
 
 def _check_sampled(bank: MemoryBank, queries: Array, labels: Array, valid: Array) -> None:

@@ -1,27 +1,42 @@
 """The paper's two measures: Separ of the bank (Eq. 9) and Cons of an image's features (Eq. 7)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from csc_jax.contrast.bank import MemoryBank
+from csc_jax.contrast.bank import Change, MemoryBank
 from csc_jax.contrast.normalize import normalize
 
 
-def class_means(bank: MemoryBank) -> Array:
-    """Returns (C, D) float32, the normalised mean entry of each class (Eq. 9b); zero when empty."""
-    total = jnp.sum(jnp.where(bank.occupied[..., None], bank.features, 0.0), axis=1)
-    count = jnp.maximum(bank.count, 1).astype(jnp.float32)
-    return normalize(total / count[:, None])
+def class_means(bank: MemoryBank, change: Change | None = None) -> Array:
+    """Returns (C, D) float32, the normalised mean entry of each class (Eq. 9b); zero when empty.
+
+    Args:
+      bank: the bank.
+      change: where given, the means are those of the bank after it, in the memory of one class.
+    """
+    count = bank.count if change is None else change.count
+
+    def mean(one: tuple[Array, Array, Any]) -> Array:
+        entries, count, data = one  # (S, D), (), of one class
+        if change is not None:
+            entries = change.entries(entries, data)
+        occupied = jnp.arange(entries.shape[0]) < count
+        total = jnp.sum(jnp.where(occupied[:, None], entries, 0.0), axis=0)
+        return normalize(total / jnp.maximum(count, 1).astype(jnp.float32))
+
+    return jax.lax.map(mean, (bank.features, count, () if change is None else change.data))
 
 
-def separation(bank: MemoryBank) -> Array:
+def separation(bank: MemoryBank, change: Change | None = None) -> Array:
     """Returns Separ (Eq. 9a), () float32 in [0, 2 C^2 - C]; smaller means better separated.
 
     The sum runs over all pairs of the Gram matrix, the diagonal included, and V = C(C-1)
-    (decisions.md 3).
+    (decisions.md 3). For `change` see `class_means`.
     """
-    means = class_means(bank)
+    means = class_means(bank, change)
     # Sum of a Gram matrix = squared length of the sum of its vectors: C x D work, not C x C x D.
     total = jnp.sum(means, axis=0)
     num_classes = means.shape[0]

@@ -1,12 +1,17 @@
 """The gated update of the memory bank: second half of Algorithm 1."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from csc_jax.contrast.bank import MemoryBank, bank_ready, consistency_step, enqueue
+from csc_jax.contrast.bank import (
+    Change,
+    MemoryBank,
+    apply_change,
+    bank_ready,
+    consistency_change,
+    enqueue_change,
+)
 from csc_jax.contrast.measures import separation
 
 GATE_MODES = ("strict", "range", "off")
@@ -29,17 +34,9 @@ def gate(
       lowers `best_separation` to its own Separ where that is smaller; a rejected one leaves every
       leaf of `current` as it was.
     """
-    if mode not in GATE_MODES:
-        raise ValueError(f"gate mode must be one of {GATE_MODES}, got {mode!r}")
-    before, after = separation(current), separation(candidate)
-    if mode == "off":
-        accepted = jnp.ones((), bool)
-    elif mode == "strict":
-        accepted = after < before
-    else:
-        accepted = (after < current.best_separation + margin) | (after < before)
-    best = jnp.minimum(current.best_separation, after)
-    candidate = candidate._replace(best_separation=best)
+    after = separation(candidate)
+    accepted = _accepts(mode, separation(current), after, current.best_separation + margin)
+    candidate = candidate._replace(best_separation=jnp.minimum(current.best_separation, after))
     return jax.lax.cond(accepted, lambda: candidate, lambda: current), accepted
 
 
@@ -77,42 +74,66 @@ def update_memory_bank(
       it), and `consistency_accepted`, `enqueue_accepted`, NaN where that gate was not asked.
     """
     queries, new_features = jax.lax.stop_gradient((queries, new_features))
-    not_asked = jnp.full((), jnp.nan, jnp.float32)
-
-    def step(
-        bank: MemoryBank, offered: Array, make: Callable[[MemoryBank], MemoryBank], mode: str
-    ) -> tuple[MemoryBank, Array]:
-        def ask(bank: MemoryBank) -> tuple[MemoryBank, Array]:
-            bank, accepted = gate(bank, make(bank), mode, margin)
-            return bank, accepted.astype(jnp.float32)
-
-        # With nothing to add there is nothing to judge, and Separ_b stays as it is.
-        return jax.lax.cond(offered, ask, lambda bank: (bank, not_asked), bank)
-
-    def consistent(bank: MemoryBank) -> MemoryBank:
-        return consistency_step(bank, queries, labels, valid, class_mean=class_mean)
-
-    def enqueued(bank: MemoryBank) -> MemoryBank:
-        return enqueue(bank, new_features, new_valid)
-
-    def gated(bank: MemoryBank) -> tuple[MemoryBank, Array, Array]:
-        known = valid & (labels >= 0) & (labels < bank.count.shape[0])
-        first = not_asked
-        if consistency:
-            bank, first = step(bank, jnp.any(known), consistent, consistency_gate)
-        bank, second = step(bank, jnp.any(new_valid), enqueued, enqueue_gate)
-        return bank, first, second
-
-    def free(bank: MemoryBank) -> tuple[MemoryBank, Array, Array]:
-        return enqueued(bank), not_asked, not_asked
-
-    branches: tuple[Callable, Callable] = (gated, free)
     ready = bank_ready(bank, min_fill=min_fill, absent=absent)
-    bank, consistency_accepted, enqueue_accepted = jax.lax.cond(ready, *branches, bank)
+    before = separation(bank)
+    # No gate with nothing to judge, so that Separ_b stays as it is.
+    known = valid & (labels >= 0) & (labels < bank.count.shape[0])
+    consistency_accepted = jnp.full((), jnp.nan)
+    if consistency:
+        change = consistency_change(bank, queries, labels, valid, class_mean=class_mean)
+        asked = ready & jnp.any(known)
+        bank, before, accepted = _change(bank, change, before, asked, consistency_gate, margin)
+        consistency_accepted = jnp.where(asked, accepted.astype(jnp.float32), jnp.nan)
+    change = enqueue_change(bank, new_features, new_valid)
+    asked = ready & jnp.any(new_valid)
+    bank, before, accepted = _change(
+        bank, change, before, asked, enqueue_gate, margin, ungated=~ready
+    )
     metrics = {
         "ready": ready.astype(jnp.float32),
-        "separation": separation(bank),
+        "separation": before,
         "consistency_accepted": consistency_accepted,
-        "enqueue_accepted": enqueue_accepted,
+        "enqueue_accepted": jnp.where(asked, accepted.astype(jnp.float32), jnp.nan),
     }
     return bank, metrics
+
+
+def _change(
+    bank: MemoryBank,
+    change: Change,
+    before: Array,
+    asked: Array,
+    mode: str,
+    margin: float,
+    *,
+    ungated: Array | bool = False,
+) -> tuple[MemoryBank, Array, Array]:
+    """What `gate` does, for the bank after a change, without a candidate beside the bank.
+
+    Args:
+      bank: the bank.
+      change: what is offered.
+      before: () float32, Separ(bank).
+      asked: () bool, whether the gate is to judge it.
+      mode, margin: see `gate`.
+      ungated: () bool, True to make the change unasked, Separ_b left alone.
+
+    Returns:
+      The bank in force, its Separ, and () bool whether the gate accepted.
+    """
+    after = separation(bank, change)
+    accepted = asked & _accepts(mode, before, after, bank.best_separation + margin)
+    best = jnp.where(accepted, jnp.minimum(bank.best_separation, after), bank.best_separation)
+    done = accepted | ungated
+    bank = jax.lax.cond(done, lambda b: apply_change(b, change), lambda b: b, bank)
+    return bank._replace(best_separation=best), jnp.where(done, after, before), accepted
+
+
+def _accepts(mode: str, before: Array, after: Array, limit: Array) -> Array:
+    """() bool, whether the gate lets a bank's Separ go from `before` to `after`."""
+    if mode not in GATE_MODES:
+        raise ValueError(f"gate mode must be one of {GATE_MODES}, got {mode!r}")
+    if mode == "off":
+        return jnp.ones((), bool)
+    better = after < before
+    return better if mode == "strict" else better | (after < limit)
