@@ -149,6 +149,7 @@ def default_config() -> ConfigDict:
 
     c.parallel = ConfigDict()
     c.parallel.devices = 0  # devices in the mesh; 0 = all that JAX sees
+    c.parallel.fsdp = 1  # devices that share one copy of networks and optimizer state; 1 = none do
 
     c.debug = ConfigDict()
     c.debug.compilation_cache = True  # keep compiled programs in ~/.cache/csc_jax/xla between runs
@@ -224,6 +225,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "checkpoint.every": (0, math.inf),
     "checkpoint.keep": (1, math.inf),
     "parallel.devices": (0, math.inf),
+    "parallel.fsdp": (1, math.inf),
 }
 
 # Fields that hold one number for each of a fixed set of axes.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from csc_jax.methods import Method
 from csc_jax.methods.base import Batch
 from csc_jax.optimizer import learning_rate_schedule
-from csc_jax.sharding import batch_sharding, replicated
+from csc_jax.sharding import batch_sharding, replicated, state_sharding
 from csc_jax.state import TrainState, copy_network
 
 Metrics = dict[str, Array]
@@ -76,19 +76,21 @@ def compile_init(
     method: Method, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[], TrainState]:
     """Returns the jitted `init_state`: one program, so that no two leaves share a buffer."""
-    return jax.jit(
-        lambda: init_state(method, tx, method.task.config.seed), out_shardings=replicated(mesh)
-    )
+
+    def init() -> TrainState:
+        return init_state(method, tx, method.task.config.seed)
+
+    return jax.jit(init, out_shardings=state_sharding(jax.eval_shape(init), mesh))
 
 
 def compile_step(
     method: Method, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the jitted step: batch split along "data", state replicated and donated."""
-    everywhere = replicated(mesh)
+    """Returns the jitted step: batch split over the mesh, state as `state_sharding`, donated."""
+    state = state_sharding(jax.eval_shape(compile_init(method, tx, mesh)), mesh)
     return jax.jit(
         lambda state, batch: train_step(method, tx, state, batch),
-        in_shardings=(everywhere, batch_sharding(mesh)),
-        out_shardings=everywhere,
+        in_shardings=(state, batch_sharding(mesh)),
+        out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
     )
