@@ -6,6 +6,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 
 from csc_jax.data import codec, transforms
@@ -77,6 +78,8 @@ def train_iterator(
     zipped = grain.experimental.ZipMapDataset([half[:steps] for half in halves])
     batches = zipped.map(_name_halves).to_iter_dataset(read_options(config.data))
     if config.data.workers:
+        if not flags.FLAGS.is_parsed():  # by a program without absl flags; Grain asks for its own
+            flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
     return iter(batches)
 
