@@ -58,8 +58,9 @@ def random_resized_crop(
     # Only what shows is scaled: at twice the size that is a small part of the image.
     rows, columns = visible
     image = _bilinear(image, scaled, rows, columns)
-    label = label[_source_index(rows, label.shape[0], scaled[0])]
-    label = label[:, _source_index(columns, label.shape[1], scaled[1])]
+    source_rows = _source_index(rows, label.shape[0], scaled[0])
+    source_columns = _source_index(columns, label.shape[1], scaled[1])
+    label = label.take(source_rows, axis=0).take(source_columns, axis=1)
     inside = np.ones(label.shape, np.uint8)
     if any(margins):
         image = _pad(image, margins, fill)
