@@ -19,11 +19,11 @@ def default_config() -> ConfigDict:
     c.seed = 0  # integer; labelled/unlabelled draw, initial weights, augmentation, sampling
 
     c.data = ConfigDict()
-    c.data.name = "synthetic"  # synthetic | camvid | cityscapes | pascal_voc
+    c.data.name = "synthetic"  # synthetic | camvid | cityscapes | pascal_voc | folder
     c.data.root = ""  # folder the user downloaded; unused by synthetic
     c.data.cache_dir = ""  # where ArrayRecord files go; "" = ~/.cache/csc_jax
     c.data.labeled_fraction = (
-        "1/8"  # 1/2 | 1/4 | 1/8 | 1/16 | 1, share of the train split with labels
+        "1/8"  # 1/2 | 1/4 | 1/8 | 1/16 | 1, share of the train images that have a label
     )
     c.data.labeled_list = ""  # text file of ids, one a line; replaces the draw by seed
     c.data.unlabeled_list = ""  # text file of ids; "" = all train images not labelled
@@ -36,9 +36,17 @@ def default_config() -> ConfigDict:
     c.data.flip = True  # random horizontal flip (decisions.md 22)
     c.data.mean = (123.675, 116.28, 103.53)  # per RGB channel, 0..255 (lineage); also the padding
     c.data.std = (58.395, 57.12, 57.375)  # per RGB channel, 0..255 (lineage)
-    c.data.threads = 2  # read and decode threads of the host pipeline
-    c.data.prefetch = 8  # batches, labelled and unlabelled together, made ahead (Grain's own: 500)
-    c.data.workers = 0  # worker processes of the host pipeline; 0 = threads only
+    c.data.threads = 0  # that read and decode, in each process; 0 = one for each CPU, all together
+    c.data.prefetch = 0  # batches, labelled and unlabelled together, made ahead; 0 = 2 a thread
+    c.data.workers = 0  # worker processes of the host pipeline, fixed for a run; 0 = threads only
+    c.data.cityscapes = ConfigDict()  # only read when data.name is cityscapes
+    c.data.cityscapes.extra = False  # leftImg8bit/train_extra as unlabelled images as well
+    c.data.pascal_voc = ConfigDict()  # only read when data.name is pascal_voc
+    c.data.pascal_voc.pool = (
+        "blender"  # labelled ones come from all 10,582 images | classic: from VOC's own 1,464
+    )
+    c.data.folder = ConfigDict()  # only read when data.name is folder
+    c.data.folder.classes = ""  # file of class names; "" = classes.txt or classes.json in data.root
     c.data.synthetic = ConfigDict()  # only read when data.name is synthetic
     c.data.synthetic.train = 192  # images
     c.data.synthetic.val = 64  # images
@@ -160,6 +168,7 @@ def default_config() -> ConfigDict:
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.labeled_fraction": ("1/2", "1/4", "1/8", "1/16", "1"),
+    "data.pascal_voc.pool": ("blender", "classic"),
     "model.output_stride": (8, 16, 32),
     "model.dtype": ("float32", "bfloat16"),
     "method.pseudo_label.mode": ("adaptive", "entropy", "confidence"),
@@ -175,8 +184,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 # (lowest, highest) allowed value.
 _RANGES: dict[str, tuple[float, float]] = {
-    "data.threads": (1, math.inf),
-    "data.prefetch": (1, math.inf),
+    "data.threads": (0, math.inf),
+    "data.prefetch": (0, math.inf),
     "data.workers": (0, math.inf),
     "data.synthetic.weather": (0, 1),
     "batch.labeled": (1, math.inf),
