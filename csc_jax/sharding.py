@@ -96,5 +96,13 @@ def _longest_axis(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts a pytree of host arrays (B, ...) on the mesh, split along the batch."""
-    return jax.device_put(jax.tree.map(np.asarray, batch), batch_sharding(mesh))
+    """Puts a pytree of host arrays (B, ...) on the mesh, split along the batch.
+
+    Of several processes each gives its own share of the batch.
+    """
+    place = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(jax.tree.map(np.asarray, batch), place)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(place, np.asarray(x)), batch
+    )

@@ -44,7 +44,9 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     dataset = load_data(config)
     partition = data.partition(config.data, dataset, config.seed)
     config = config_lib.resolve(config, data.steps_per_epoch(config, partition))
-    iterator = data.train_iterator(config, dataset, partition)
+    iterator = data.train_iterator(
+        config, dataset, partition, jax.process_index(), jax.process_count()
+    )
     val = dataset.source(config.eval.split)
     experiment = build(config, dataset.class_names, dataset.palette)
 
