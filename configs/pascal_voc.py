@@ -47,4 +47,5 @@ def get_config() -> ConfigDict:
     c.train.eval_every = 5000
 
     c.eval.mode = "whole"  # decisions.md 25
+    c.eval.size_multiple = 64  # px; the images have hundreds of sizes. 1 is exact, and slow
     return c

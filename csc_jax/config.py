@@ -148,8 +148,14 @@ def default_config() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.split = "val"  # split that is scored
     c.eval.network = "teacher"  # teacher (decisions.md 19) | student
-    c.eval.mode = "whole"  # whole | sliding (decisions.md 25)
-    c.eval.window = (0, 0)  # (height, width) px of the sliding window; (0, 0) = data.crop_size
+    c.eval.mode = "whole"  # whole | sliding | center_crop (decisions.md 25)
+    c.eval.window = (0, 0)  # (height, width) px of window or centre crop; (0, 0) = data.crop_size
+    c.eval.size_multiple = (
+        1  # px; sides are padded to a multiple, to compile for few sizes; 1 = exact, each its own
+    )
+    c.eval.scales = (1.0,)  # ratios whose softmax outputs are averaged (mmsegmentation)
+    c.eval.flip = False  # average with the mirrored image, too (mmsegmentation)
+    c.eval.panels = 4  # worst and best images that evaluate draws, by their own mIoU; 0 = none
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 0  # steps between checkpoints; 0 = at each evaluation
@@ -179,7 +185,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "loss.name": ("cross_entropy", "ohem"),
     "optimizer.name": ("sgd", "adamw"),
     "eval.network": ("teacher", "student"),
-    "eval.mode": ("whole", "sliding"),
+    "eval.mode": ("whole", "sliding", "center_crop"),
 }
 
 # (lowest, highest) allowed value.
@@ -231,6 +237,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.panels": (0, math.inf),
     "train.consistency_lag": (1, math.inf),
     "train.max_rejected": (1, math.inf),
+    "eval.size_multiple": (1, math.inf),
+    "eval.panels": (0, math.inf),
     "checkpoint.every": (0, math.inf),
     "checkpoint.keep": (1, math.inf),
     "parallel.devices": (0, math.inf),
@@ -272,6 +280,12 @@ def validate(config: ConfigDict) -> None:
                 f"{name} is {fields[name]}; it takes {length} numbers, as in "
                 f"--config.{name}={','.join(['1'] * length)}."
             )
+    scales = tuple(config.eval.scales)
+    if not scales or min(scales) <= 0:
+        raise UserError(
+            f"eval.scales is {scales}; it takes one ratio above 0 or more, as in "
+            "--config.eval.scales=0.75,1.0,1.25."
+        )
     if bool(config.train.steps) == bool(config.train.epochs):
         raise UserError(
             f"train.steps is {config.train.steps} and train.epochs is {config.train.epochs:g}; "

@@ -1,7 +1,7 @@
 """What training, evaluation and prediction are assembled from, checked before anything compiles."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,12 +51,25 @@ class Experiment:
         """Returns the class ids, (H, W) uint8, of one image (H, W, 3) uint8 RGB."""
         # The predictor wants a batch that divides by the mesh.
         batch = np.repeat(image[None], self.mesh.size, axis=0)
-        return np.asarray(self.predict(network.variables, batch))[0]
+        height, width, _ = image.shape
+        return np.asarray(self.predict(network.variables, batch))[0, :height, :width]
 
-    def evaluate(self, network: Network, source: data.Source) -> evaluation.Scores:
+    def evaluate(
+        self,
+        network: Network,
+        source: data.Source,
+        on_image: Sequence[evaluation.OnImage] = (),
+    ) -> evaluation.Scores:
         """Scores a network on a split in the way that `config.eval` says."""
-        batches = data.eval_batches(source, self.config.batch.eval)
-        return evaluation.evaluate(self.predict, network.variables, batches, self.num_classes)
+        cropped = self.config.eval.mode == "center_crop"
+        return evaluation.evaluate(
+            self.predict,
+            network.variables,
+            data.eval_batches(source, self.config.batch.eval),
+            self.num_classes,
+            on_image=on_image,
+            note="center_crop" if cropped else "",  # decisions.md 25
+        )
 
 
 def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray) -> Experiment:
@@ -88,6 +101,10 @@ def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray)
         mode=config.eval.mode,
         window=tuple(config.eval.window),
         mesh=mesh,
+        size_multiple=config.eval.size_multiple,
+        fill=tuple(config.data.mean),
+        scales=tuple(config.eval.scales),
+        flip=config.eval.flip,
     )
     tx = combine(method.optimizers())
     return Experiment(config, tuple(class_names), palette, mesh, method, tx, predict)

@@ -2,6 +2,7 @@
 
 python -m csc_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
+python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --save_predictions=DIR
 python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
 """
 
@@ -35,6 +36,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints,
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "predict"], "What to do.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "evaluate, predict: latest, best (by mIoU on the val split) or a step."
+)
+_SAVE_PREDICTIONS = flags.DEFINE_string(
+    "save_predictions",
+    None,
+    "evaluate: folder for a PNG an image: Cityscapes label ids, Pascal VOC palette, or class ids.",
 )
 _IMAGES = flags.DEFINE_string("images", None, "predict: an image or a folder of images.")
 _OUT = flags.DEFINE_string("out", None, "predict: folder for overlays and index PNGs.")
@@ -78,14 +84,24 @@ def dispatch() -> None:
     except OSError as error:  # ml-collections keeps a failure to load until the value is asked for
         raise UserError(f"--config cannot be read. {error}") from error
     workdir = Path(_required(_WORKDIR, "the folder of the run"))
+    if _SAVE_PREDICTIONS.value and _MODE.value != "evaluate":
+        raise UserError(
+            f"--save_predictions goes with --mode=evaluate, not with --mode={_MODE.value}."
+        )
     if config.debug.compilation_cache:
         use_compilation_cache()
     jax.config.update("jax_debug_nans", config.debug.nans)
     if _MODE.value == "train":
         train(config, workdir)
     elif _MODE.value == "evaluate":
-        score(config, workdir, _CHECKPOINT.value)
+        predictions = _SAVE_PREDICTIONS.value
+        score(config, workdir, _CHECKPOINT.value, Path(predictions) if predictions else None)
     else:
+        if config.eval.mode == "center_crop":
+            raise UserError(
+                "--mode=predict wants whole images, but eval.mode is 'center_crop'. Set "
+                "--config.eval.mode=whole or sliding."
+            )
         images = Path(_required(_IMAGES, "an image or a folder of images"))
         out = Path(_required(_OUT, "the folder to write to"))
         experiment, network, _ = load(config, workdir, _CHECKPOINT.value)

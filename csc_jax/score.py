@@ -1,14 +1,16 @@
-"""`--mode=evaluate`: scores a checkpoint on a split."""
+"""`--mode=evaluate`: scores a checkpoint on a split, draws its worst and best images."""
 
 import json
 import logging
-from pathlib import Path
+import math
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax import data
+from csc_jax import data, evaluation, visualize
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
 from csc_jax.evaluation import Scores
@@ -18,33 +20,69 @@ from csc_jax.state import Network, TrainState
 log = logging.getLogger("csc_jax")
 
 
-def score(config: ConfigDict, workdir: Path, checkpoint: str) -> Scores:
-    """Scores `config.eval.network` on `config.eval.split`, prints the table and writes it as JSON.
+def score(
+    config: ConfigDict, workdir: Path, checkpoint: str, save_predictions: Path | None = None
+) -> Scores:
+    """Scores `config.eval.network` on `config.eval.split` and prints the table.
+
+    Leaves in `workdir`/evaluation a JSON file and panels of the worst and the best images, named
+    `<split>_<network>_<step>_<mode>` with `_tta` for flips or scales.
 
     Args:
       config: of the run; `config.eval` says what is scored, and how.
       workdir: of the run.
       checkpoint: latest | best | a step.
+      save_predictions: folder for a PNG an image, in the format of the data set (see
+        `evaluation.PredictionWriter`); None = none.
 
     Raises:
-      UserError: no such checkpoint, or one of another class count, model or method.
+      UserError: no such checkpoint, one of another class count, model or method, or a folder that
+        cannot be written to.
     """
-    experiment, network, step = load(config, workdir, checkpoint)
-    config = experiment.config
+    config_lib.validate(config)
+    if save_predictions is not None:
+        if config.eval.mode == "center_crop":
+            raise UserError(
+                "--save_predictions wants whole images, but eval.mode is 'center_crop'. Set "
+                "--config.eval.mode=whole or sliding."
+            )
+        evaluation.check_folder(save_predictions, config.data.root)
+    out = _make_folder(workdir)
+    class_names = _class_names(workdir, checkpoint)
     dataset = data.load(config.data)
-    if dataset.class_names != experiment.class_names:
+    if dataset.class_names != class_names:
         raise UserError(
-            f"The checkpoint in {workdir} knows {len(experiment.class_names)} classes "
-            f"({_some(experiment.class_names)}), the data set {dataset.name} has "
+            f"The checkpoint in {workdir} knows {len(class_names)} classes "
+            f"({_some(class_names)}), the data set {dataset.name} has "
             f"{len(dataset.class_names)} ({_some(dataset.class_names)}). Evaluate it on the data "
             "it was trained for (--config.data.name, --config.data.root)."
         )
-    scores = experiment.evaluate(network, dataset.source(config.eval.split))
+    source = dataset.source(config.eval.split)
+    extremes = _Extremes(config.eval.panels)
+    on_image: list[evaluation.OnImage] = [extremes] if config.eval.panels else []
+    if save_predictions is not None:
+        resized = any(config.data.image_size)
+        on_image.append(
+            evaluation.PredictionWriter(dataset.name, source.ids, save_predictions, resized=resized)
+        )
+
+    experiment, network, step = load(config, workdir, checkpoint)
+    scores = experiment.evaluate(network, source, on_image)
     title = f"{config.eval.network} at step {step} on {config.eval.split} of {dataset.name}"
-    log.info("%s (%s):\n%s", title, config.eval.mode, scores.table(dataset.class_names))
-    out = workdir / f"scores_{config.eval.network}_{config.eval.split}_{step}.json"
-    out.write_text(json.dumps(scores.as_dict(dataset.class_names), indent=1) + "\n")
-    log.info("written to %s", out)
+    log.info("%s (%s):\n%s", title, _manner(config), scores.table(dataset.class_names))
+    if save_predictions is not None:
+        log.info("%d predictions written to %s", len(scores.per_image), save_predictions)
+    stem = f"{config.eval.split}_{config.eval.network}_{step}_{_manner(config)}"
+    report = out / f"{stem}.json"
+    try:
+        report.write_text(json.dumps(_report(experiment, scores, step), indent=1) + "\n")
+        for kind, rows in (("worst", extremes.worst), ("best", extremes.best)):
+            if rows:
+                path, heading = out / f"{stem}_{kind}.png", f"{kind} images: {title}"
+                _draw(path, heading, experiment, source, rows)
+    except OSError as error:
+        raise _not_written(out, error) from error
+    log.info("written to %s", report)
     return scores
 
 
@@ -65,6 +103,106 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Experim
         restored = checkpointer.restore(experiment.abstract_state(), checkpoint)
     assert restored is not None  # `describe` has found it
     return experiment, restored.state
+
+
+class _Extremes:
+    """Keeps the images with the lowest and the highest mean IoU; a callback of `evaluate`.
+
+    Attributes:
+      worst, best: up to `count` of (mean IoU, id, class ids (H, W) uint8), most extreme first.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+        self.worst: list[tuple[float, str, np.ndarray]] = []
+        self.best: list[tuple[float, str, np.ndarray]] = []
+
+    def __call__(self, name: str, classes: np.ndarray, miou: float) -> None:
+        if math.isnan(miou):
+            return
+        row = miou, name, classes
+        self.worst = sorted([*self.worst, row], key=lambda r: (r[0], r[1]))[: self._count]
+        self.best = sorted([*self.best, row], key=lambda r: (-r[0], r[1]))[: self._count]
+
+
+def _draw(
+    path: Path,
+    title: str,
+    experiment: Experiment,
+    source: data.Source,
+    rows: list[tuple[float, str, np.ndarray]],
+) -> None:
+    position = {name: index for index, name in enumerate(source.ids)}
+    examples = [source[position[name]] for _, name, _ in rows]
+    wrong = [
+        np.where(
+            (example["label"] < experiment.num_classes) & (classes != example["label"]),
+            classes,
+            np.uint8(255),
+        )
+        for example, (_, _, classes) in zip(examples, rows, strict=True)
+    ]
+    visualize.save_panel(
+        path,
+        {
+            "image": [example["image"] for example in examples],
+            "ground truth": [example["label"] for example in examples],
+            experiment.config.eval.network: [classes for _, _, classes in rows],
+            "wrong, hatched where right": wrong,
+        },
+        experiment.palette,
+        experiment.class_names,
+        title,
+        row_titles=[f"{PurePosixPath(name).name}: mIoU {100 * m:.1f}%" for m, name, _ in rows],
+    )
+
+
+def _report(experiment: Experiment, scores: Scores, step: int) -> dict[str, Any]:
+    """Returns the content of the JSON file; ratios in [0, 1], None where there is no score."""
+    config = experiment.config
+    flat = config_lib.to_plain(config)
+    return {
+        **scores.as_dict(experiment.class_names),
+        "step": step,
+        "data": config.data.name,
+        "config": {name: value for name, value in flat.items() if name.startswith("eval.")},
+        "images": len(scores.per_image),
+        "pixels": int(scores.confusion.sum()),
+        "absent_classes": scores.absent(experiment.class_names),
+        "class_names": list(experiment.class_names),
+        "confusion": scores.confusion.tolist(),  # [truth][prediction], pixels
+        "per_image_miou": {
+            name: None if math.isnan(miou) else miou for name, miou in scores.per_image.items()
+        },
+    }
+
+
+def _manner(config: ConfigDict) -> str:
+    views = config.eval.flip or tuple(config.eval.scales) != (1.0,)
+    return config.eval.mode + ("_tta" if views else "")
+
+
+def _class_names(workdir: Path, checkpoint: str) -> tuple[str, ...]:
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        return tuple(checkpointer.describe(checkpoint)["class_names"])
+
+
+def _make_folder(workdir: Path) -> Path:
+    if not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is no folder. Give the --workdir of a training run.")
+    out = workdir / "evaluation"
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _not_written(out, error) from error
+    return out
+
+
+def _not_written(out: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{out} cannot be written: {error.strerror}. Grant or free space there, or copy the run "
+        "and give the copy as --workdir."
+    )
 
 
 def _some(names: tuple[str, ...]) -> str:

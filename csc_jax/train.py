@@ -127,7 +127,7 @@ def _train(
                     save_now = True
                 scores = evaluate_and_draw(experiment, state, val, step, probe, writer, workdir)
                 miou, evaluation_due = scores.miou, False
-                progress.evaluated(step, miou)
+                progress.evaluated(step, miou, scores.note)
                 recorder.restart_clock()
             if save_now or (stopping and step > start):
                 loop = {
@@ -188,15 +188,17 @@ def _draw(
     workdir: Path,
 ) -> None:
     method = experiment.config.method.name
+    note = f" ({scores.note})" if scores.note else ""
     if experiment.config.train.panels:
         visualize.save_panel(
             workdir / "plots" / f"panel_{step:06d}.png",
             probe.panel(state),
             experiment.palette,
             experiment.class_names,
-            f"{method}, step {step}, mIoU {100 * scores.miou:.1f}%",
+            f"{method}, step {step}, mIoU {100 * scores.miou:.1f}%{note}",
         )
-    visualize.save_curves(workdir / "plots" / "curves.png", read_metrics(workdir), method)
+    curves = workdir / "plots" / "curves.png"
+    visualize.save_curves(curves, read_metrics(workdir), f"{method}{note}")
 
 
 def describe(experiment: Experiment) -> dict[str, Any]:

@@ -107,6 +107,7 @@ def save_panel(
     palette: np.ndarray,
     class_names: Sequence[str],
     title: str = "",
+    row_titles: Sequence[str] = (),
 ) -> None:
     """Writes a grid of pictures with a legend as a PNG: a row an image, a column a view of it.
 
@@ -119,6 +120,7 @@ def save_panel(
       palette: (C, 3) uint8 RGB.
       class_names: C names for the legend.
       title: one line at the top.
+      row_titles: a line above each row, or none at all.
     """
     least_width = max(_LEAST_WIDTH, _LETTER * max(map(len, columns)))
     rows = [
@@ -132,7 +134,8 @@ def save_panel(
     entry_width = _SWATCH + 20 + _LETTER * max(map(len, names))
     entries_a_line = max(1, (width - _GAP) // entry_width)
     legend_height = _LEGEND_LINE * math.ceil(len(names) / entries_a_line)
-    pictures_height = sum(row[0].shape[0] + _GAP for row in rows)
+    row_title = _HEADER if row_titles else 0
+    pictures_height = sum(row_title + row[0].shape[0] + _GAP for row in rows)
     height = _TITLE + _HEADER + pictures_height + legend_height + _GAP
 
     figure = _figure(width, height)
@@ -141,8 +144,10 @@ def save_panel(
     for column, header in enumerate(columns):
         x = _GAP + column * pitch + column_width // 2
         _write(figure, x, y + _HEADER // 2, header, fontsize=9, ha="center")
-    for row in rows:
-        y -= row[0].shape[0]
+    for i, row in enumerate(rows):
+        if row_titles:
+            _write(figure, _GAP, y - _HEADER // 2, row_titles[i], fontsize=9)
+        y -= row_title + row[0].shape[0]
         for column, picture in enumerate(row):
             x = _GAP + column * pitch + (column_width - picture.shape[1]) // 2
             figure.figimage(picture, x, y, origin="upper")  # px for px, never resampled

@@ -184,9 +184,9 @@ class Progress:
         if not self._compiled:  # the first steps took the compilation with them; forget their time
             self._start, self._since, self._compiled = step, now, True
 
-    def evaluated(self, step: int, miou: float) -> None:
-        """Shows a new score, in [0, 1], and keeps it on the line."""
-        self._miou = f"mIoU {100 * miou:.2f}%"
+    def evaluated(self, step: int, miou: float, note: str = "") -> None:
+        """Shows a new score, in [0, 1], and keeps it on the line; `note` stands beside its name."""
+        self._miou = f"mIoU{f' ({note})' if note else ''} {100 * miou:.2f}%"
         if self._bar is None:
             print(f"step {step}/{self._total}  {self._miou}", flush=True)
 

@@ -1,12 +1,11 @@
-"""Confusion matrix, IoU and inference against slow NumPy versions and hand-made cases."""
+"""Confusion matrix, IoU and scores of a set against slow versions and hand-made cases."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from csc_jax import evaluation
-from csc_jax.errors import UserError
-from csc_jax.evaluation.predictor import window_starts
+from csc_jax.evaluation import metrics
 
 NAMES = ("road", "sky", "car")
 
@@ -29,6 +28,12 @@ def test_negative_labels_are_ignored():
     labels = jnp.array([-1, -4, 1])
     counted = evaluation.confusion_matrix(labels, jnp.array([0, 1, 0]), 2)
     np.testing.assert_array_equal(counted, [[0, 0], [1, 0]])
+
+
+def test_what_was_not_predicted_is_ignored():
+    labels = jnp.array([0, 1, 1, 255])
+    counted = evaluation.confusion_matrix(labels, jnp.array([255, 1, 2, 255]), 2)
+    np.testing.assert_array_equal(counted, [[0, 0], [0, 1]])
 
 
 def test_scores_of_a_hand_made_confusion_matrix():
@@ -67,133 +72,104 @@ def test_table_names_absent_classes():
     assert lines[-1].endswith("left out of the mean: car")
 
 
-@pytest.mark.parametrize(
-    ("length", "window", "expected"),
-    [
-        (10, 10, [0]),
-        (10, 6, [0, 4]),
-        (16, 6, [0, 4, 8, 10]),  # the last one is flush with the border
-        (1024, 640, [0, 384]),
-        (2048, 640, [0, 427, 854, 1281, 1408]),
-    ],
-)
-def test_windows_are_two_thirds_apart_and_cover_the_axis(length, window, expected):
-    assert window_starts(length, window) == expected
+def test_a_number_that_the_field_does_not_report_says_so():
+    scores = evaluation.Scores(np.eye(3, dtype=np.int64), note="center_crop")
+    assert "mean IoU (center_crop)  100.00" in scores.table(NAMES).splitlines()
 
 
-def fake_logits(variables, images):
-    """Logits at stride 4 that depend on the pixels and on the place within the piece."""
-    rows = images[:, ::4, ::4, :].astype(jnp.float32)
-    place = jnp.cos(jnp.arange(rows.shape[2]) * 1.7)[None, None, :, None]
-    return rows @ variables["w"] / 64 + place * jnp.array([1.0, -1.0, 0.5]).reshape(1, 1, 1, 3)
+class Given:
+    """Stands for a predictor: returns what it was given, each batch padded as a predictor pads."""
+
+    def __init__(self, *predictions):
+        self._left = list(predictions)
+
+    def __call__(self, variables, images):
+        predictions = self._left.pop(0)
+        _, height, width, _ = images.shape
+        assert predictions.shape == images.shape[:3]
+        pad = ((0, 0), (0, -height % 16), (0, -width % 16))
+        return jnp.asarray(np.pad(predictions, pad, constant_values=255))
 
 
-@pytest.fixture(scope="module")
-def variables():
-    return {"w": np.random.default_rng(1).normal(size=(3, 3)).astype(np.float32)}
-
-
-@pytest.fixture(scope="module")
-def images():
-    return np.random.default_rng(2).integers(0, 256, size=(4, 20, 28, 3), dtype=np.uint8)
-
-
-def predictor(mesh, mode="whole", window=(0, 0)):
-    return evaluation.make_predictor(
-        fake_logits, num_classes=3, mode=mode, window=window, mesh=mesh
-    )
-
-
-def resized(logits, height, width):
-    """Bilinear with aligned corners, pixel by pixel; (h, w, C) -> (height, width, C)."""
-    h, w, _ = logits.shape
-    out = np.zeros((height, width, logits.shape[2]))
-    for y in range(height):
-        for x in range(width):
-            v, u = y * (h - 1) / (height - 1), x * (w - 1) / (width - 1)
-            top, left = min(int(v), h - 2), min(int(u), w - 2)
-            a, b = v - top, u - left
-            out[y, x] = (
-                (1 - a) * (1 - b) * logits[top, left]
-                + (1 - a) * b * logits[top, left + 1]
-                + a * (1 - b) * logits[top + 1, left]
-                + a * b * logits[top + 1, left + 1]
-            )
-    return out
-
-
-def test_whole_image_is_the_argmax_of_resized_logits(mesh1, variables, images):
-    found = predictor(mesh1)(variables, images)
-    assert (found.shape, found.dtype) == ((4, 20, 28), jnp.uint8)
-    logits = np.asarray(fake_logits(variables, jnp.asarray(images)))
-    expected = np.stack([resized(image, 20, 28).argmax(-1) for image in logits])
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_one_window_over_the_image_equals_the_whole(mesh1, variables, images):
-    whole = predictor(mesh1)(variables, images)
-    for window in [(20, 28), (100, 100)]:  # the larger one is cut to the image
-        sliding = predictor(mesh1, "sliding", window)(variables, images)
-        np.testing.assert_array_equal(sliding, whole)
-
-
-def test_sliding_window_averages_overlapping_logits(mesh1, variables, images):
-    total = np.zeros((4, 20, 28, 3))
-    covered = np.zeros((20, 28, 1))
-    for top in (0, 8):
-        for left in (0, 8, 16):
-            piece = images[:, top : top + 12, left : left + 12]
-            logits = np.asarray(fake_logits(variables, jnp.asarray(piece)))
-            total[:, top : top + 12, left : left + 12] += [resized(x, 12, 12) for x in logits]
-            covered[top : top + 12, left : left + 12] += 1
-    assert set(covered.flat) == {1, 2, 4}
-    found = predictor(mesh1, "sliding", (12, 12))(variables, images)
-    np.testing.assert_array_equal(found, (total / covered).argmax(-1))
-    assert (np.asarray(found) != np.asarray(predictor(mesh1)(variables, images))).any()
-
-
-@pytest.mark.parametrize("mode", ["whole", "sliding"])
-def test_four_devices_predict_and_score_as_one(mesh1, mesh4, mode, variables, images):
-    rng = np.random.default_rng(3)
-    batch = {
-        "image": images,
-        "label": rng.choice([0, 1, 2, 255], size=images.shape[:3]).astype(np.uint8),
-        "valid": np.array([True, True, True, False]),
+def make_batch(rng, height, width, valid, first=0):
+    labels = rng.choice([0, 1, 2, 255], size=(len(valid), height, width)).astype(np.uint8)
+    return {
+        "image": np.zeros((*labels.shape, 3), np.uint8),
+        "label": labels,
+        "valid": np.array(valid),
+        "ids": [f"image {first + i}" for i in range(len(valid))],
     }
-    one, four = (predictor(mesh, mode, (12, 12)) for mesh in (mesh1, mesh4))
-    predictions = four(variables, images)
-    assert len(predictions.sharding.device_set) == 4
-    np.testing.assert_array_equal(predictions, one(variables, images))
-    np.testing.assert_array_equal(
-        evaluation.evaluate(one, variables, [batch], 3).confusion,
-        evaluation.evaluate(four, variables, [batch], 3).confusion,
-    )
 
 
-def test_evaluate_sums_over_batches_of_other_sizes_and_skips_invalid_rows(mesh1, variables, images):
-    rng = np.random.default_rng(4)
-    labels = rng.choice([0, 1, 2, 255], size=images.shape[:3]).astype(np.uint8)
-    small = {"image": images[:, :12, :16], "label": labels[:, :12, :16], "valid": np.full(4, True)}
-    large = {"image": images, "label": labels, "valid": np.array([True, False, True, False])}
-    predict = predictor(mesh1)
-    expected = np.zeros((3, 3), np.int64)
-    for batch in (small, large, large):
-        rows = batch["valid"]
-        predictions = np.asarray(predict(variables, batch["image"]))[rows]
-        np.add.at(
-            expected,
-            tuple(x[batch["label"][rows] != 255] for x in (batch["label"][rows], predictions)),
-            1,
+@pytest.fixture
+def batches():
+    rng = np.random.default_rng(0)
+    made = [
+        make_batch(rng, 12, 20, [True, True], first=0),
+        make_batch(rng, 16, 16, [True, True], first=2),
+        make_batch(rng, 9, 5, [True, False], first=4),
+    ]
+    made[1]["label"][1] = 255  # an image without a single label
+    predictions = [rng.integers(0, 3, b["label"].shape).astype(np.uint8) for b in made]
+    predictions[0][:, :2] = 255  # not predicted, as around a centre crop
+    return made, predictions
+
+
+def slow_confusion(pairs):
+    counts = np.zeros((3, 3), np.int64)
+    for label, predicted in pairs:
+        for truth, found in zip(label.flat, predicted.flat, strict=True):
+            if truth < 3 and found < 3:
+                counts[truth, found] += 1
+    return counts
+
+
+def test_a_set_is_counted_as_a_whole_and_image_by_image(batches):
+    made, predictions = batches
+    images = {
+        name: (label, predicted)
+        for batch, p in zip(made, predictions, strict=True)
+        for name, label, predicted, valid in zip(
+            batch["ids"], batch["label"], p, batch["valid"], strict=True
         )
-    scores = evaluation.evaluate(predict, variables, iter([small, large, large]), 3)
+        if valid
+    }
+    assert len(images) == 5
+    seen = {}
+
+    def on_image(name, classes, miou):
+        seen[name] = classes, miou
+
+    scores = evaluation.evaluate(Given(*predictions), None, iter(made), 3, on_image=[on_image])
+    np.testing.assert_array_equal(scores.confusion, slow_confusion(images.values()))
     assert scores.confusion.dtype == np.int64
-    np.testing.assert_array_equal(scores.confusion, expected)
+    assert list(scores.per_image) == list(seen) == list(images)
+    for name, (label, predicted) in images.items():
+        expected = evaluation.Scores(slow_confusion([(label, predicted)])).miou
+        assert scores.per_image[name] == pytest.approx(expected, nan_ok=True)
+        np.testing.assert_array_equal(seen[name][0], predicted)
+        assert seen[name][1] == pytest.approx(expected, nan_ok=True)
+    assert np.isnan(scores.per_image["image 3"])
 
 
-def test_errors_name_the_field(mesh1, mesh4, variables, images):
-    with pytest.raises(UserError, match=r"eval\.mode is 'center'"):
-        predictor(mesh1, "center")
-    with pytest.raises(UserError, match=r"eval\.window is \(0, 12\)"):
-        predictor(mesh1, "sliding", (0, 12))
-    with pytest.raises(UserError, match=r"3 images does not divide by the 4 devices.*batch\.eval"):
-        predictor(mesh4)(variables, images[:3])
+def test_the_sum_on_the_device_never_overflows(batches, monkeypatch):
+    made, predictions = batches
+    whole = evaluation.evaluate(Given(*predictions), None, made, 3)
+    fetched = []
+    fetch = metrics._Counter._fetch
+
+    def spy(self):
+        fetched.append(self._pixels)
+        fetch(self)
+
+    monkeypatch.setattr(metrics._Counter, "_fetch", spy)
+    monkeypatch.setattr(metrics, "_MOST_PIXELS", 1500)  # padded, the batches have 1024, 512, 512
+    parts = evaluation.evaluate(Given(*predictions), None, made, 3)
+    assert fetched == [1024, 1024]
+    np.testing.assert_array_equal(parts.confusion, whole.confusion)
+
+
+def test_an_empty_set_has_no_score():
+    scores = evaluation.evaluate(Given(), None, [], 3)
+    assert np.isnan(scores.miou)
+    assert scores.per_image == {}

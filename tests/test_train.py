@@ -73,7 +73,7 @@ def test_evaluate_reproduces_the_miou_of_training(whole):
     assert again.miou == recorded[-1]
     earlier = score(config, workdir, "3")
     assert earlier.miou == recorded[0]
-    written = json.loads((workdir / "scores_teacher_val_6.json").read_text())
+    written = json.loads((workdir / "evaluation" / "val_teacher_6_whole.json").read_text())
     assert written["miou"] == again.miou
 
 

@@ -1,6 +1,15 @@
-"""Scores of a network on a split: inference, confusion matrix, mean IoU."""
+"""Scores of a network on a split: inference, confusion matrix, mean IoU, files to submit."""
 
-from csc_jax.evaluation.metrics import Scores, confusion_matrix, evaluate
+from csc_jax.evaluation.metrics import OnImage, Scores, confusion_matrix, evaluate
 from csc_jax.evaluation.predictor import make_predictor
+from csc_jax.evaluation.submission import PredictionWriter, check_folder
 
-__all__ = ["Scores", "confusion_matrix", "evaluate", "make_predictor"]
+__all__ = [
+    "OnImage",
+    "PredictionWriter",
+    "Scores",
+    "check_folder",
+    "confusion_matrix",
+    "evaluate",
+    "make_predictor",
+]

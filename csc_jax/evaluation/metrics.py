@@ -20,16 +20,17 @@ def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int
 
     Args:
       labels: (...) integers; a value outside [0, num_classes) is ignored.
-      predictions: (...) integers in [0, num_classes), same shape as `labels`.
+      predictions: (...) integers, same shape as `labels`; a value outside [0, num_classes) is
+        ignored too, as what was not predicted.
       num_classes: C, static under jit.
 
     Returns:
       (C, C) int32, rows are the truth and columns the prediction. Fewer than 2^31 pixels a call.
     """
-    truth = labels.astype(jnp.int32)
-    pair = truth * num_classes + predictions.astype(jnp.int32)
+    truth, found = labels.astype(jnp.int32), predictions.astype(jnp.int32)
+    counted = (truth >= 0) & (truth < num_classes) & (found >= 0) & (found < num_classes)
     ignored = num_classes * num_classes  # one bin past the end, cut off below
-    pair = jnp.where((truth >= 0) & (truth < num_classes), pair, ignored)
+    pair = jnp.where(counted, truth * num_classes + found, ignored)
     counts = jnp.bincount(pair.reshape(-1), length=ignored + 1)[:-1]
     return counts.reshape(num_classes, num_classes).astype(jnp.int32)
 
@@ -40,9 +41,14 @@ class Scores:
 
     Attributes:
       confusion: (C, C) int64 pixels, rows are the truth and columns the prediction.
+      per_image: id -> mean IoU over the classes that occur in this image or in its prediction; nan
+        if every pixel was ignored.
+      note: printed beside mean IoU where it is not what the field reports (decisions.md 25).
     """
 
     confusion: np.ndarray
+    per_image: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    note: str = ""
 
     @property
     def iou(self) -> np.ndarray:
@@ -67,6 +73,11 @@ class Scores:
         pixels = self.confusion.sum()
         return float(np.trace(self.confusion) / pixels) if pixels else math.nan
 
+    def absent(self, class_names: Sequence[str]) -> list[str]:
+        """Returns the names of the classes that occur nowhere and so are left out of the mean."""
+        pairs = zip(class_names, self.iou, strict=True)
+        return [name for name, iou in pairs if math.isnan(iou)]
+
     def as_dict(self, class_names: Sequence[str]) -> dict[str, float | None]:
         """Returns `miou`, `pixel_accuracy` and `iou/<class>`; None stands for nan, as in JSON."""
         values = {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy}
@@ -77,28 +88,23 @@ class Scores:
     def table(self, class_names: Sequence[str]) -> str:
         """Returns an aligned text table in percent: one line a class, the mean, absent classes."""
         rows = list(zip(class_names, self.iou, strict=True))
-        summary = [("mean IoU", self.miou), ("pixel accuracy", self.pixel_accuracy)]
+        mean = f"mean IoU ({self.note})" if self.note else "mean IoU"
+        summary = [(mean, self.miou), ("pixel accuracy", self.pixel_accuracy)]
         width = max(len(name) for name, _ in [*rows, *summary])
         rule = "-" * (width + 8)
         lines = [f"{'class':<{width}}   IoU %", rule]
         lines += [f"{name:<{width}}  {_percent(value):>6}" for name, value in rows]
         lines += [rule]
         lines += [f"{name:<{width}}  {_percent(value):>6}" for name, value in summary]
-        if absent := [name for name, value in rows if math.isnan(value)]:
+        if absent := self.absent(class_names):
             lines.append(f"not in labels or predictions, left out of the mean: {', '.join(absent)}")
         return "\n".join(lines)
 
 
-def _percent(ratio: float) -> str:
-    return "-" if math.isnan(ratio) else f"{100 * ratio:.2f}"
+_MOST_PIXELS = 2**31 - 1  # that int32 can count
 
-
-@functools.partial(jax.jit, static_argnames="num_classes")
-def _count(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
-    # One matrix an image, summed afterwards: the batch axis stays a batch axis, so that a sharded
-    # batch is counted where it lies and only (C, C) numbers cross devices.
-    per_image = jax.vmap(functools.partial(confusion_matrix, num_classes=num_classes))
-    return per_image(labels, predictions).sum(axis=0)
+# Called with an image's id, its class ids (H, W) uint8, and its own mean IoU.
+OnImage = Callable[[str, np.ndarray, float], None]
 
 
 def evaluate(
@@ -106,6 +112,9 @@ def evaluate(
     variables: Any,
     batches: Iterable[Mapping[str, Any]],
     num_classes: int,
+    *,
+    on_image: Sequence[OnImage] = (),
+    note: str = "",
 ) -> Scores:
     """Scores a network over all batches.
 
@@ -113,23 +122,97 @@ def evaluate(
       predict: as returned by `make_predictor`.
       variables: passed to `predict`.
       batches: dicts with `image` (B, H, W, 3) uint8, `label` (B, H, W) uint8 (outside
-        [0, num_classes) = ignored) and `valid` (B,) bool; rows that are not valid are not counted.
+        [0, num_classes) = ignored), `valid` (B,) bool and `ids`, B strings; rows that are not valid
+        are not counted.
       num_classes: C, at most 255.
+      on_image: each is called once an image, in the order of the batches.
+      note: see `Scores`.
 
     Returns:
       The scores of the whole set.
     """
-    confusion = np.zeros((num_classes, num_classes), np.int64)
+    counter = _Counter(num_classes)
+    per_image: dict[str, float] = {}
+
+    def finish(batch: Mapping[str, Any], predictions: jax.Array, mious: jax.Array) -> None:
+        height, width = batch["label"].shape[1:]
+        # Class ids stay on the device unless somebody wants them.
+        classes = np.asarray(predictions)[:, :height, :width] if on_image else None
+        rows = zip(batch["ids"], batch["valid"], np.asarray(mious), strict=True)
+        for i, (name, valid, miou) in enumerate(rows):
+            if not valid:
+                continue
+            per_image[name] = float(miou)
+            for call in on_image:
+                assert classes is not None
+                call(name, classes[i], float(miou))
+
     pending = None
     for batch in batches:
-        labels = np.where(batch["valid"][:, None, None], batch["label"], np.uint8(255))
         predictions = predict(variables, batch["image"])
-        counts = _count(jax.device_put(labels, predictions.sharding), predictions, num_classes)
-        # int64 on the host, because int32 overflows at 2^31 pixels of a set; one batch late, so
-        # that the host decodes the next images while the device works, yet never runs far ahead.
+        mious = counter.add(_masked_labels(batch, predictions.shape), predictions)
+        # One batch late, so that the host decodes the next images while the device works, yet
+        # never runs far ahead.
         if pending is not None:
-            confusion += np.asarray(pending)
-        pending = counts
+            finish(*pending)
+        pending = batch, predictions, mious
     if pending is not None:
-        confusion += np.asarray(pending)
-    return Scores(confusion)
+        finish(*pending)
+    return Scores(counter.total(), per_image, note)
+
+
+def _masked_labels(batch: Mapping[str, Any], shape: Sequence[int]) -> np.ndarray:
+    """Returns the labels of the valid rows, padded to `shape` (B, H', W') with 255."""
+    labels = np.full(shape, 255, np.uint8)
+    _, height, width = batch["label"].shape
+    labels[:, :height, :width] = np.where(batch["valid"][:, None, None], batch["label"], 255)
+    return labels
+
+
+class _Counter:
+    """The confusion matrix of a set, summed on the device in int32 and now and then on the host."""
+
+    def __init__(self, num_classes: int):
+        self._num_classes = num_classes
+        self._on_host = np.zeros((num_classes, num_classes), np.int64)
+        self._on_device: jax.Array | None = None
+        self._pixels = 0  # that the sum on the device may hold
+
+    def add(self, labels: np.ndarray, predictions: jax.Array) -> jax.Array:
+        """Counts a batch, both (B, H, W), and returns each image's own mean IoU, (B,) float32."""
+        if self._pixels + labels.size > _MOST_PIXELS:
+            self._fetch()
+        self._pixels += labels.size
+        on_device = jax.device_put(labels, predictions.sharding)
+        counts, mious = _count(on_device, predictions, self._num_classes)
+        self._on_device = counts if self._on_device is None else self._on_device + counts
+        return mious
+
+    def total(self) -> np.ndarray:
+        """Returns the sum so far, (C, C) int64."""
+        self._fetch()
+        return self._on_host
+
+    def _fetch(self) -> None:
+        if self._on_device is not None:
+            self._on_host += np.asarray(self._on_device)
+        self._on_device, self._pixels = None, 0
+
+
+@functools.partial(jax.jit, static_argnames="num_classes")
+def _count(
+    labels: jax.Array, predictions: jax.Array, num_classes: int
+) -> tuple[jax.Array, jax.Array]:
+    # One matrix an image, summed afterwards: the batch axis stays a batch axis, so that a sharded
+    # batch is counted where it lies and only (C, C) numbers cross devices.
+    per_image = jax.vmap(functools.partial(confusion_matrix, num_classes=num_classes))
+    counts = per_image(labels, predictions)  # (B, C, C)
+    hits = jnp.diagonal(counts, axis1=1, axis2=2)
+    union = counts.sum(axis=1) + counts.sum(axis=2) - hits
+    present = union > 0  # (B, C)
+    iou = jnp.where(present, hits / jnp.maximum(union, 1), 0)
+    return counts.sum(axis=0), iou.sum(axis=1) / present.sum(axis=1)  # 0 / 0 = nan
+
+
+def _percent(ratio: float) -> str:
+    return "-" if math.isnan(ratio) else f"{100 * ratio:.2f}"

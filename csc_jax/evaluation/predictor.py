@@ -1,8 +1,14 @@
-"""Class ids of images from a network's logits: the whole image at once or a sliding window."""
+"""Class ids of images from a network's logits: whole, sliding window, centre crop; flips, scales.
+
+An image may lie in the upper left of a padded batch, so that images of many sizes need few compiled
+programs. `size` is then its own (height, width), a traced value, and every resize, flip, window and
+crop is placed by that size and not by the padded one.
+"""
 
 import functools
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from csc_jax.errors import UserError
-from csc_jax.models import resize_aligned
 from csc_jax.sharding import batch_sharding
+
+log = logging.getLogger("csc_jax")
+
+NOT_PREDICTED = 255  # class id of padding, and of what lies outside the centre crop
+_MANY_SHAPES = 8  # compiled programs after which the user hears of eval.size_multiple
+
+LogitsFn = Callable[[Any, jax.Array], jax.Array]
 
 
 def window_starts(length: int, window: int) -> list[int]:
@@ -21,62 +33,73 @@ def window_starts(length: int, window: int) -> list[int]:
     Windows are two thirds of their size apart (rounded up, as in the lineage) and the last one is
     flush with the border. `window` is at most `length`.
     """
-    stride = math.ceil(window * 2 / 3)
+    stride = _stride(window)
     steps = math.ceil((length - window) / stride)
     return [min(i * stride, length - window) for i in range(steps + 1)]
 
 
 def make_predictor(
-    logits_fn: Callable[[Any, jax.Array], jax.Array],
+    logits_fn: LogitsFn,
     *,
     num_classes: int,
     mode: str,
     window: tuple[int, int],
     mesh: Mesh,
+    size_multiple: int = 1,
+    fill: Sequence[float] = (0.0, 0.0, 0.0),
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
 ) -> Callable[[Any, np.ndarray], jax.Array]:
-    """Builds `predict(variables, images)`, compiled once for each shape of `images`.
+    """Builds `predict(variables, images)`, compiled once for each padded shape of `images`.
+
+    With several scales or flips, the softmax probabilities of all views are averaged at the size of
+    the image, as mmsegmentation does in test-time augmentation.
 
     Args:
-      logits_fn: (variables, images (B, h, w, 3) uint8) -> (B, h', w', C) float logits, at any
-        stride; normalises the images itself.
+      logits_fn: (variables, images (B, h, w, 3) uint8 or float on 0..255) -> (B, h', w', C) float
+        logits at any stride s, h' = ceil(h / s); normalises the images itself.
       num_classes: C, at most 255.
-      mode: `whole`, the image in one piece, or `sliding`, windows whose logits are averaged where
-        they overlap (decisions.md 25).
-      window: (height, width) px of the sliding window, cut to the image where that is smaller;
-        not read in mode `whole`.
+      mode: `whole`, the image in one piece; `sliding`, windows whose logits are averaged where they
+        overlap (decisions.md 25); or `center_crop`, one window in the middle and nothing around it.
+      window: (height, width) px of the window, cut to the image where that is smaller; not read in
+        mode `whole`.
       mesh: has an axis `data`, over which the batch is split.
+      size_multiple: px; the sides of images are padded, below and on the right, to the next
+        multiple. 1 pads nothing.
+      fill: RGB, 0..255, of the padding.
+      scales: ratios to which the images are resized; at least one.
+      flip: whether each scale is seen mirrored, too.
 
     Returns:
-      predict: (variables, images (B, H, W, 3) uint8) -> (B, H, W) uint8 class ids, split over
-      `data`. `variables` are replicated on the mesh or lie on the host. Raises UserError where B
-      does not divide by the number of devices.
+      predict: (variables, images (B, H, W, 3) uint8) -> (B, H', W') uint8 class ids, split over
+      `data`, where H' >= H and W' >= W are the padded sides. It is 255 (`NOT_PREDICTED`) on the
+      padding and around the centre crop. `variables` are replicated on the mesh or lie on the host.
+      Raises UserError where B does not divide by the number of devices.
 
     Raises:
       UserError: an unknown mode, or a window without area.
     """
-    if mode == "whole":
-
-        def logits_of(variables: Any, images: jax.Array) -> jax.Array:
-            return _at_size(logits_fn, variables, images)
-
-    elif mode == "sliding":
-        if min(window) < 1:
-            raise UserError(
-                f"eval.window is {tuple(window)}; a sliding window needs a height and a width of "
-                "at least 1 px. Set --config.eval.window=H,W, or (0, 0) to take data.crop_size."
-            )
-
-        def logits_of(variables: Any, images: jax.Array) -> jax.Array:
-            return _sliding_sum(logits_fn, variables, images, window, num_classes)
-
-    else:
-        raise UserError(f"eval.mode is '{mode}'. Set it to 'whole' or 'sliding'.")
-
+    if mode not in ("whole", "sliding", "center_crop"):
+        raise UserError(f"eval.mode is '{mode}'. Set it to 'whole', 'sliding' or 'center_crop'.")
+    if mode != "whole" and min(window) < 1:
+        raise UserError(
+            f"eval.window is {tuple(window)}; a window needs a height and a width of at least 1 "
+            "px. Set --config.eval.window=H,W, or (0, 0) to take data.crop_size."
+        )
+    logits = functools.partial(_at_size, logits_fn)
+    if mode == "sliding":
+        logits = functools.partial(_sliding, logits_fn, window, num_classes)
+    if flip or tuple(scales) != (1.0,):
+        logits = functools.partial(_averaged, logits, num_classes, fill, scales, flip)
     sharding = batch_sharding(mesh)
 
     @functools.partial(jax.jit, out_shardings=sharding)
-    def class_ids(variables: Any, images: jax.Array) -> jax.Array:
-        return jnp.argmax(logits_of(variables, images), axis=-1).astype(jnp.uint8)
+    def class_ids(variables: Any, images: jax.Array, size: jax.Array) -> jax.Array:
+        if mode == "center_crop":
+            return _in_the_middle(logits, variables, images, size, window)
+        return _class_ids(logits, variables, images, size)
+
+    shapes: set[tuple[int, ...]] = set()
 
     def predict(variables: Any, images: np.ndarray) -> jax.Array:
         if len(images) % mesh.size:
@@ -85,40 +108,87 @@ def make_predictor(
                 "the mesh. Set batch.eval to a multiple of their number, or use fewer with "
                 "--config.parallel.devices=N."
             )
-        return class_ids(variables, jax.device_put(images, sharding))
+        size = np.array(images.shape[1:3], np.int32)
+        images = pad_to_multiple(images, size_multiple, fill)
+        if images.shape not in shapes:
+            shapes.add(images.shape)
+            if len(shapes) == _MANY_SHAPES:
+                log.warning(
+                    "The network has been compiled for %d sizes of images, one after the other; "
+                    "--config.eval.size_multiple=64 pads them to fewer.",
+                    _MANY_SHAPES,
+                )
+        return class_ids(variables, jax.device_put(images, sharding), size)
 
     return predict
 
 
-def _at_size(logits_fn: Callable, variables: Any, images: jax.Array) -> jax.Array:
-    """(B, h, w, 3) images -> (B, h, w, C) logits at the images' own size."""
-    _, height, width, _ = images.shape
-    return resize_aligned(logits_fn(variables, images), (height, width))
+def pad_to_multiple(images: np.ndarray, multiple: int, fill: Sequence[float]) -> np.ndarray:
+    """Pads images (B, H, W, 3) uint8 below and on the right with the colour `fill` (RGB)."""
+    b, height, width, _ = images.shape
+    shape = (b, -(-height // multiple) * multiple, -(-width // multiple) * multiple, 3)
+    if shape == images.shape:
+        return images
+    padded = np.empty(shape, np.uint8)
+    padded[:] = np.round(fill)
+    padded[:, :height, :width] = images
+    return padded
 
 
-def _sliding_sum(
-    logits_fn: Callable,
-    variables: Any,
-    images: jax.Array,
+# Below, `images` are (B, H, W, 3) of which the upper left `size` is the picture, and a `Logits` is
+# a function (variables, images, size) -> (B, H, W, C) float32 logits, right within `size`.
+Logits = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def _class_ids(logits: Logits, variables: Any, images: jax.Array, size: jax.Array) -> jax.Array:
+    """(B, H, W, 3) images -> (B, H, W) uint8 class ids, 255 on the padding."""
+    ids = jnp.argmax(logits(variables, images, size), axis=-1).astype(jnp.uint8)
+    return jnp.where(_inside(size, images.shape[1:3])[None], ids, NOT_PREDICTED)
+
+
+def _in_the_middle(
+    logits: Logits, variables: Any, images: jax.Array, size: jax.Array, window: tuple[int, int]
+) -> jax.Array:
+    """(B, H, W, 3) images -> (B, H, W) uint8 class ids, 255 around the window in the middle."""
+    b, height, width, channels = images.shape
+    shape = (min(window[0], height), min(window[1], width))
+    top, left = jnp.maximum(size - jnp.array(shape), 0) // 2
+    piece = jax.lax.dynamic_slice(images, (0, top, left, 0), (b, *shape, channels))
+    ids = _class_ids(logits, variables, piece, jnp.minimum(size, jnp.array(shape)))
+    nothing = jnp.full((b, height, width), NOT_PREDICTED, jnp.uint8)
+    return jax.lax.dynamic_update_slice(nothing, ids, (0, top, left))
+
+
+def _at_size(logits_fn: LogitsFn, variables: Any, images: jax.Array, size: jax.Array) -> jax.Array:
+    """(B, H, W, 3) images -> (B, H, W, C) logits of the image in one piece."""
+    logits = logits_fn(variables, images)
+    shape = images.shape[1:3]
+    strides = jnp.array([-(-n // m) for n, m in zip(shape, logits.shape[1:3], strict=True)])
+    # The logits of an image of `size` alone would be this large.
+    return _resize(logits, -(-size // strides), size, shape)
+
+
+def _sliding(
+    logits_fn: LogitsFn,
     window: tuple[int, int],
     num_classes: int,
+    variables: Any,
+    images: jax.Array,
+    size: jax.Array,
 ) -> jax.Array:
-    """(B, H, W, 3) images -> (B, H, W, C) logits summed over the windows that cover a pixel.
+    """(B, H, W, 3) images -> (B, H, W, C) logits, the mean over the windows that cover a pixel."""
+    b, height, width, channels = images.shape
+    shape = (min(window[0], height), min(window[1], width))
+    tops, rows = _windows(size[0], height, shape[0])
+    lefts, columns = _windows(size[1], width, shape[1])
+    inner_size = jnp.minimum(size, jnp.array(shape))
 
-    The sum does for the average here: a pixel's number of windows is the same for every class.
-    """
-    b, height, width, _ = images.shape
-    size = (min(window[0], height), min(window[1], width))
-    corners = [
-        (top, left)
-        for top in window_starts(height, size[0])
-        for left in window_starts(width, size[1])
-    ]
-
-    def add_window(total: jax.Array, corner: jax.Array) -> tuple[jax.Array, None]:
-        start = (0, corner[0], corner[1], 0)
-        piece = jax.lax.dynamic_slice(images, start, (b, *size, 3))
-        logits = _at_size(logits_fn, variables, piece)
+    def add_window(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+        row, column = i // len(lefts), i % len(lefts)
+        start = (0, tops[row], lefts[column], 0)
+        piece = jax.lax.dynamic_slice(images, start, (b, *shape, channels))
+        logits = _at_size(logits_fn, variables, piece, inner_size)
+        logits *= (rows[row].any() & columns[column].any()).astype(logits.dtype)
         covered = jax.lax.dynamic_slice(total, start, logits.shape)
         return jax.lax.dynamic_update_slice(total, covered + logits, start), None
 
@@ -126,4 +196,107 @@ def _sliding_sum(
     # an unrolled loop compiles it per window and one large batch holds them all. Convolutions in
     # a scan are slow on CPU in the backward pass only.
     total = jnp.zeros((b, height, width, num_classes), jnp.float32)
-    return jax.lax.scan(add_window, total, jnp.asarray(corners))[0]
+    total, _ = jax.lax.scan(add_window, total, jnp.arange(len(tops) * len(lefts)))
+    times = rows.sum(axis=0)[:, None] * columns.sum(axis=0)[None]  # (H, W)
+    return total / jnp.maximum(times, 1)[None, :, :, None]
+
+
+def _windows(length: jax.Array, padded: int, window: int) -> tuple[jax.Array, jax.Array]:
+    """Places the windows of one axis; see `window_starts`.
+
+    Args:
+      length: px of the image, up to `padded`.
+      padded: px of the array.
+      window: px, at most `padded`.
+
+    Returns:
+      (K,) int32 first pixels, and (K, padded) bool, the pixels that a window covers: none for a
+      window that only the padding would need.
+    """
+    index = jnp.arange(len(window_starts(padded, window)))
+    stride, last = _stride(window), jnp.maximum(length - window, 0)
+    starts = jnp.minimum(index * stride, last)
+    needed = (index - 1) * stride < last
+    pixel = jnp.arange(padded)[None]
+    covers = (starts[:, None] <= pixel) & (pixel < starts[:, None] + window) & needed[:, None]
+    return starts, covers
+
+
+def _averaged(
+    logits: Logits,
+    num_classes: int,
+    fill: Sequence[float],
+    scales: Sequence[float],
+    flip: bool,
+    variables: Any,
+    images: jax.Array,
+    size: jax.Array,
+) -> jax.Array:
+    """(B, H, W, 3) images -> (B, H, W, C), sum over the views of their softmax probabilities."""
+    shape = images.shape[1:3]
+    mirrorings = jnp.array([False, True] if flip else [False])
+    total = jnp.zeros((*images.shape[:3], num_classes), jnp.float32)
+
+    def add_view(
+        view: jax.Array, view_size: jax.Array, total: jax.Array, mirrored: jax.Array
+    ) -> tuple[jax.Array, None]:
+        view = jnp.where(mirrored, _mirror(view, view_size), view)
+        found = logits(variables, view, view_size)
+        found = jnp.where(mirrored, _mirror(found, view_size), found)
+        return total + jax.nn.softmax(_resize(found, view_size, size, shape)), None
+
+    for scale in scales:
+        view, view_size = images, size
+        if scale != 1:
+            view_size = _scaled(size, scale)
+            view_shape = tuple(int(n) for n in _scaled(np.array(shape), scale))
+            view = _resize(images.astype(jnp.float32), size, view_size, view_shape)
+            inside = _inside(view_size, view_shape)[None, :, :, None]
+            view = jnp.where(inside, view, jnp.array(fill, jnp.float32)[None, None, None])
+        # A scan, so that the network is in the program once for each scale.
+        add = functools.partial(add_view, view, view_size)
+        total, _ = jax.lax.scan(add, total, mirrorings)
+    return total
+
+
+def _scaled(size: Any, scale: float) -> Any:
+    """Returns a size in px, array or traced, times a ratio: rounded, at least 1."""
+    return (size * np.float32(scale) + np.float32(0.5)).astype(np.int32).clip(1)
+
+
+def _mirror(x: jax.Array, size: jax.Array) -> jax.Array:
+    """Mirrors the picture in (B, H, W, K) left and right; what is padding stays on the right."""
+    return jnp.roll(x[:, :, ::-1], size[1] - x.shape[2], axis=2)
+
+
+def _inside(size: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns (H, W) bool, True on the picture; `shape` is (H, W)."""
+    return (jnp.arange(shape[0]) < size[0])[:, None] & (jnp.arange(shape[1]) < size[1])[None]
+
+
+def _resize(
+    x: jax.Array, size: jax.Array, new_size: jax.Array, new_shape: Sequence[int]
+) -> jax.Array:
+    """Resizes the picture in (B, h, w, K) bilinearly with aligned corners; see `resize_aligned`.
+
+    Returns:
+      (B, H, W, K), `new_shape` being (H, W), of which the upper left `new_size` is the picture.
+    """
+    rows = _weights(size[0], new_size[0], x.shape[1], new_shape[0])
+    columns = _weights(size[1], new_size[1], x.shape[2], new_shape[1])
+    y = jnp.einsum("Hh,bhwk->bHwk", rows, x.astype(jnp.float32), precision="highest")
+    return jnp.einsum("Ww,bhwk->bhWk", columns, y, precision="highest").astype(x.dtype)
+
+
+def _weights(n_in: jax.Array, n_out: jax.Array, length_in: int, length_out: int) -> jax.Array:
+    """Interpolation matrix (length_out, length_in) from n_in to n_out px, float32."""
+    # Whole pixels in integers: a division of floats is inexact on some devices, and then even a
+    # resize to the same size would blend neighbours.
+    below, rest = jnp.divmod(jnp.arange(length_out) * (n_in - 1), jnp.maximum(n_out - 1, 1))
+    offset = below[:, None] - jnp.arange(length_in)[None]  # px, to each input pixel
+    distance = jnp.abs(offset + (rest / jnp.maximum(n_out - 1, 1))[:, None])
+    return jnp.maximum(0.0, 1.0 - distance).astype(jnp.float32)
+
+
+def _stride(window: int) -> int:
+    return math.ceil(window * 2 / 3)
