@@ -152,7 +152,7 @@ class Checkpointer:
                 raise
             # Orbax, TensorStore and the JSON reader each have exceptions of their own.
             except Exception as error:
-                reason = str(error).strip().splitlines()[0][:200]
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 log.warning("The checkpoint of step %d cannot be read (%s)", step, reason)
                 if not self._read_only:
                     self._put_aside(step)
@@ -227,7 +227,7 @@ class Checkpointer:
         """Raises UserError that names the first arrays in which checkpoint and `like` differ."""
         saved = self._manager.item_metadata(step)["state"].tree
         saved_shapes = _shapes(saved)
-        wanted_shapes = _shapes(ocp.utils.serialize_tree(like, keep_empty_nodes=False))
+        wanted_shapes = _shapes(like)
         differences = [
             f"{name}: {saved_shapes.get(name, 'absent')} in the checkpoint, "
             f"{wanted_shapes.get(name, 'absent')} in this config"
@@ -244,9 +244,10 @@ class Checkpointer:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by path; a state's paths are those of the plain tree that Orbax makes of it."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
-        "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): tuple(leaf.shape)
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }

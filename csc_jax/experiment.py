@@ -1,7 +1,7 @@
 """What training, evaluation and prediction are assembled from, checked before anything compiles."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -59,13 +59,23 @@ class Experiment:
         network: Network,
         source: data.Source,
         on_image: Sequence[evaluation.OnImage] = (),
+        before_batch: Callable[[], None] = lambda: None,
     ) -> evaluation.Scores:
-        """Scores a network on a split in the way that `config.eval` says."""
+        """Scores a network on a split in the way that `config.eval` says.
+
+        `before_batch` may raise to end it early; for `on_image` see `evaluation.evaluate`.
+        """
+
+        def batches() -> Iterator[dict[str, Any]]:
+            for batch in data.eval_batches(source, self.config.batch.eval):
+                before_batch()
+                yield batch
+
         cropped = self.config.eval.mode == "center_crop"
         return evaluation.evaluate(
             self.predict,
             network.variables,
-            data.eval_batches(source, self.config.batch.eval),
+            batches(),
             self.num_classes,
             on_image=on_image,
             note="center_crop" if cropped else "",  # decisions.md 25

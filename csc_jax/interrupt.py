@@ -10,6 +10,10 @@ from jax.experimental import multihost_utils
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class EvaluationStopped(Exception):
+    """A signal came; the evaluation is left to the run's next part."""
+
+
 class StopRequest:
     """Notes the first of these signals; a second one ends the process at once.
 
@@ -38,6 +42,11 @@ class StopRequest:
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self._name = "SIGTERM"
         return bool(self._name)
+
+    def interrupt_evaluation(self) -> None:
+        """Raises EvaluationStopped if a signal has come to this process."""
+        if self._name:
+            raise EvaluationStopped
 
     @property
     def name(self) -> str:

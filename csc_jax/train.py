@@ -18,7 +18,7 @@ from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import Diverged, Interrupted
 from csc_jax.evaluation import Scores
 from csc_jax.experiment import Experiment, build, load_data
-from csc_jax.interrupt import StopRequest
+from csc_jax.interrupt import EvaluationStopped, StopRequest
 from csc_jax.lock import lock
 from csc_jax.probe import Probe
 from csc_jax.sharding import shard_batch
@@ -105,10 +105,13 @@ def _train(
     with MetricWriter(workdir, resume_step=start, wandb=wandb) as writer:
         progress = Progress(total, start)
         recorder = _Recorder(config, writer, progress, data.steps_per_epoch(config, partition))
-        evaluation_due = False  # a run that was stopped before it could evaluate left that to us
+        # A run that was stopped before it could evaluate leaves that to the next, which then saves
+        # the step again, with the score that decides whether it is the best.
+        evaluation_due = False
         if restored is not None:
             recorder.resume(restored.loop["recorder"])
             evaluation_due = restored.loop["evaluation_due"]
+        save_now = evaluation_due
         for step in range(start, total + 1):
             if step > start:
                 batch = shard_batch(next(iterator), experiment.mesh)
@@ -117,25 +120,31 @@ def _train(
                 if (cons := probe.measure(step, state)) is not None:
                     recorder.write(step, {"train/consistency": cons})
                 evaluation_due = step % config.train.eval_every == 0 or step == total
-            save_now = step > start and (step % config.checkpoint.every == 0 or step == total)
+                save_now = step % config.checkpoint.every == 0 or step == total
             stopping, miou = stop.reached(step), None
             if evaluation_due or save_now or stopping:
                 recorder.flush()
             if evaluation_due and not stopping:
-                if step == start:  # saved without its score, which decides whether it is the best
-                    checkpointer.delete(step)
-                    save_now = True
-                scores = evaluate_and_draw(experiment, state, val, step, probe, writer, workdir)
-                miou, evaluation_due = scores.miou, False
-                progress.evaluated(step, miou, scores.note)
-                recorder.restart_clock()
-            if save_now or (stopping and step > start):
+                try:
+                    scores = evaluate_and_draw(
+                        experiment, state, val, step, probe, writer, workdir, stop
+                    )
+                    miou, evaluation_due = scores.miou, False
+                    progress.evaluated(step, miou, scores.note)
+                    recorder.restart_clock()
+                except EvaluationStopped:
+                    stopping = True
+            # What is restored is saved again only with the score that it lacked.
+            is_new = step > start or not evaluation_due
+            if is_new and (save_now or stopping):
                 loop = {
                     "iterator": iterator.get_state(),
                     "recorder": recorder.state(),
                     "evaluation_due": evaluation_due,
                 }
                 features = probe.features_to_keep(step)
+                if step == start and restored is not None:  # saved before it had its score
+                    checkpointer.delete(step)
                 checkpointer.save(step, state, loop, run, miou, features)
             if stopping:
                 checkpointer.wait()
@@ -163,10 +172,11 @@ def evaluate_and_draw(
     probe: Probe,
     writer: MetricWriter,
     workdir: Path,
+    stop: StopRequest,
 ) -> Scores:
     """Scores the network under `config.eval`, records it and redraws the PNGs in W/plots."""
     name = experiment.config.eval.network
-    scores = experiment.evaluate(getattr(state, name), val)
+    scores = experiment.evaluate(getattr(state, name), val, before_batch=stop.interrupt_evaluation)
     iou = {
         f"val/{name}_iou/{cls}": float(value)
         for cls, value in zip(experiment.class_names, scores.iou, strict=True)

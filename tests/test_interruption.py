@@ -20,6 +20,7 @@ from csc_jax import config as config_lib
 from csc_jax import losses, writers
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import Diverged, Interrupted, UserError
+from csc_jax.experiment import build
 from csc_jax.interrupt import StopRequest
 from csc_jax.lock import lock
 from csc_jax.train import train
@@ -61,20 +62,26 @@ def records(workdir):
     return [{k: v for k, v in r.items() if k != timing} for r in writers.read_metrics(workdir)]
 
 
-@pytest.mark.parametrize("at", [3, 4], ids=["between evaluations", "before an evaluation"])
-def test_sigterm_ends_in_a_checkpoint_and_the_run_continues(whole, folder, monkeypatch, at):
+@pytest.mark.parametrize(
+    ("at", "in_evaluation"),
+    [(3, False), (4, False), (4, True)],
+    ids=["between evaluations", "before an evaluation", "in an evaluation"],
+)
+def test_sigterm_ends_in_a_checkpoint_and_the_run_continues(
+    whole, folder, monkeypatch, at, in_evaluation
+):
     config, reference, scores = whole
-    workdir = folder / f"stopped{at}"
-    seen = iter(range(at + 1))
-    reached = StopRequest.reached
+    workdir = folder / f"stopped{at}{in_evaluation}"
+    name = "interrupt_evaluation" if in_evaluation else "reached"
+    call = getattr(StopRequest, name)
 
-    def reached_after_signal(self, step):
-        if next(seen, None) == at:
+    def call_after_signal(self, *arguments):
+        if in_evaluation or arguments == (at,):
             os.kill(os.getpid(), signal.SIGTERM)
-        return reached(self, step)
+        return call(self, *arguments)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(StopRequest, "reached", reached_after_signal)
+    monkeypatch.setattr(StopRequest, name, call_after_signal)
     with pytest.raises(Interrupted, match=f"SIGTERM after step {at} of 4"):
         train(config, workdir)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -153,7 +160,7 @@ def test_a_changed_config_is_told_apart_by_what_it_alters(whole, caplog):
     config = config_lib.resolve(whole[0], steps_per_epoch=4)
     config.train.steps, config.train.log_every, config.data.threads = 5, 7, 3
     assert config_lib.check_resumed(stored, config) == [
-        "data.threads: 2 before, 3 now",
+        "data.threads: 0 before, 3 now",
         "train.log_every: 1 before, 7 now",
         "train.steps: 4 before, 5 now",
     ]
@@ -232,3 +239,27 @@ def test_a_longer_run_continues_and_stops_where_it_diverges(whole, folder, monke
     with Checkpointer(workdir, read_only=True) as checkpointer:
         assert checkpointer.latest_step() == 4
     assert Diverged.exit_status == 3
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"name": "adamw"},
+        {"name": "sgd"},
+        {"name": "sgd", "head_multiplier": 10.0, "clip_norm": 1.0, "warmup": 2},
+    ],
+    ids=str,
+)
+def test_the_state_of_every_optimizer_comes_back(optimizer, folder, tmp_path):
+    fields = {f"optimizer__{name}": value for name, value in optimizer.items()}
+    config = config_lib.resolve(supervised(folder, **fields), steps_per_epoch=4)
+    experiment = build(config, ("a", "b", "c"), np.zeros((3, 3), np.uint8))
+    state = experiment.compile_init()()
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {"iterator": 7}, {"config": {}}, None)
+    with Checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore(experiment.abstract_state())
+    assert restored.loop == {"iterator": 7}
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(restored.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert jax.tree.structure(state) == jax.tree.structure(restored.state)
