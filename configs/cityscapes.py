@@ -18,8 +18,6 @@ def get_config() -> ConfigDict:
     c.data.name = "cityscapes"
     c.data.labeled_fraction = "1/8"
     c.data.crop_size = (640, 640)  # paper, Sec. IV-B
-    c.data.threads = 16
-    c.data.prefetch = 16
 
     c.batch.labeled = 2  # paper, Sec. IV-B
     c.batch.unlabeled = 2

@@ -19,11 +19,11 @@ def default_config() -> ConfigDict:
     c.seed = 0  # integer; labelled/unlabelled draw, initial weights, augmentation, sampling
 
     c.data = ConfigDict()
-    c.data.name = "synthetic"  # synthetic | camvid | cityscapes | pascal_voc
+    c.data.name = "synthetic"  # synthetic | camvid | cityscapes | pascal_voc | folder
     c.data.root = ""  # folder the user downloaded; unused by synthetic
     c.data.cache_dir = ""  # where ArrayRecord files go; "" = ~/.cache/csc_jax
     c.data.labeled_fraction = (
-        "1/8"  # 1/2 | 1/4 | 1/8 | 1/16 | 1, share of the train split with labels
+        "1/8"  # 1/2 | 1/4 | 1/8 | 1/16 | 1, share of the train images that have a label
     )
     c.data.labeled_list = ""  # text file of ids, one a line; replaces the draw by seed
     c.data.unlabeled_list = ""  # text file of ids; "" = all train images not labelled
@@ -36,9 +36,17 @@ def default_config() -> ConfigDict:
     c.data.flip = True  # random horizontal flip (decisions.md 22)
     c.data.mean = (123.675, 116.28, 103.53)  # per RGB channel, 0..255 (lineage); also the padding
     c.data.std = (58.395, 57.12, 57.375)  # per RGB channel, 0..255 (lineage)
-    c.data.threads = 2  # read and decode threads of the host pipeline
-    c.data.prefetch = 8  # batches, labelled and unlabelled together, made ahead (Grain's own: 500)
-    c.data.workers = 0  # worker processes of the host pipeline; 0 = threads only
+    c.data.threads = 0  # that read and decode, in each process; 0 = one for each CPU, all together
+    c.data.prefetch = 0  # batches, labelled and unlabelled together, made ahead; 0 = 2 a thread
+    c.data.workers = 0  # worker processes of the host pipeline, fixed for a run; 0 = threads only
+    c.data.cityscapes = ConfigDict()  # only read when data.name is cityscapes
+    c.data.cityscapes.extra = False  # leftImg8bit/train_extra as unlabelled images as well
+    c.data.pascal_voc = ConfigDict()  # only read when data.name is pascal_voc
+    c.data.pascal_voc.pool = (
+        "blender"  # labelled ones come from all 10,582 images | classic: from VOC's own 1,464
+    )
+    c.data.folder = ConfigDict()  # only read when data.name is folder
+    c.data.folder.classes = ""  # file of class names; "" = classes.txt or classes.json in data.root
     c.data.synthetic = ConfigDict()  # only read when data.name is synthetic
     c.data.synthetic.train = 192  # images
     c.data.synthetic.val = 64  # images
@@ -126,6 +134,7 @@ def default_config() -> ConfigDict:
     c.optimizer.weight_decay = 1e-4  # every parameter (decisions.md 24); adamw decouples it
     c.optimizer.power = 0.9  # of the polynomial decay, per iteration (decisions.md 24)
     c.optimizer.warmup = 0  # steps of linear warm-up from 0
+    c.optimizer.clip_norm = 0.0  # largest norm of a network's gradient; 0 = never clipped
 
     c.train = ConfigDict()
     c.train.steps = 0  # optimizer steps; 0 = take train.epochs instead
@@ -134,6 +143,7 @@ def default_config() -> ConfigDict:
     c.train.eval_every = 100  # steps between evaluations; 0 = only at the end
     c.train.panels = 4  # val images drawn into W/plots at each evaluation
     c.train.consistency_lag = 50  # T of Eq. 7, steps between the two feature maps of Cons
+    c.train.max_rejected = 10  # steps in a row without finite loss and gradient that end a run
 
     c.eval = ConfigDict()
     c.eval.split = "val"  # split that is scored
@@ -153,15 +163,18 @@ def default_config() -> ConfigDict:
 
     c.parallel = ConfigDict()
     c.parallel.devices = 0  # devices in the mesh; 0 = all that JAX sees
+    c.parallel.fsdp = 1  # devices that share one copy of networks and optimizer state; 1 = none do
 
     c.debug = ConfigDict()
     c.debug.compilation_cache = True  # keep compiled programs in ~/.cache/csc_jax/xla between runs
+    c.debug.nans = False  # jax's own checker: stops in the operation that makes a NaN; slow
     c.wandb = False  # also log to Weights & Biases; needs the package wandb
     return c
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.labeled_fraction": ("1/2", "1/4", "1/8", "1/16", "1"),
+    "data.pascal_voc.pool": ("blender", "classic"),
     "model.output_stride": (8, 16, 32),
     "model.dtype": ("float32", "bfloat16"),
     "method.pseudo_label.mode": ("adaptive", "entropy", "confidence"),
@@ -177,8 +190,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 # (lowest, highest) allowed value.
 _RANGES: dict[str, tuple[float, float]] = {
-    "data.threads": (1, math.inf),
-    "data.prefetch": (1, math.inf),
+    "data.threads": (0, math.inf),
+    "data.prefetch": (0, math.inf),
     "data.workers": (0, math.inf),
     "data.synthetic.weather": (0, 1),
     "batch.labeled": (1, math.inf),
@@ -216,17 +229,20 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, math.inf),
     "optimizer.warmup": (0, math.inf),
+    "optimizer.clip_norm": (0, math.inf),
     "train.steps": (0, math.inf),
     "train.epochs": (0, math.inf),
     "train.log_every": (1, math.inf),
     "train.eval_every": (0, math.inf),
     "train.panels": (0, math.inf),
     "train.consistency_lag": (1, math.inf),
+    "train.max_rejected": (1, math.inf),
     "eval.size_multiple": (1, math.inf),
     "eval.panels": (0, math.inf),
     "checkpoint.every": (0, math.inf),
     "checkpoint.keep": (1, math.inf),
     "parallel.devices": (0, math.inf),
+    "parallel.fsdp": (1, math.inf),
 }
 
 # Fields that hold one number for each of a fixed set of axes.
@@ -280,6 +296,41 @@ def validate(config: ConfigDict) -> None:
             f"optimizer.warmup is {config.optimizer.warmup} steps, more than the "
             f"{config.train.steps} of train.steps."
         )
+
+
+# What may change from one part of a run to the next: none of it alters the state.
+_MAY_CHANGE = (
+    *("data.root", "data.cache_dir", "data.threads", "data.prefetch", "data.workers"),
+    *("batch.eval", "train.steps", "train.log_every", "train.eval_every", "train.panels"),
+    *("train.max_rejected", "eval.", "checkpoint.", "parallel.", "debug.", "wandb"),
+)
+
+
+def check_resumed(stored: dict[str, Any], config: ConfigDict) -> list[str]:
+    """Compares the config of a checkpoint with the one that is to continue it.
+
+    Args:
+      stored: `to_plain` of the resolved config in the checkpoint.
+      config: resolved.
+
+    Returns:
+      One line for each field that differs and may.
+
+    Raises:
+      UserError: fields differ that make it another run; it names each with both values.
+    """
+    now = to_plain(config)
+    before = to_plain(default_config()) | stored  # a version before may have had fewer fields
+    changed = [name for name in now if now[name] != before[name]]
+    lines = {name: f"{name}: {before[name]} before, {now[name]} now" for name in changed}
+    refused = [name for name in changed if not name.startswith(_MAY_CHANGE)]
+    if refused:
+        raise UserError(
+            f"The work directory holds a run of another config: "
+            f"{'; '.join(lines[name] for name in refused)}. Give these fields their old values to "
+            "continue it, or choose another --workdir."
+        )
+    return list(lines.values())
 
 
 def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:

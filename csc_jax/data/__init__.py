@@ -5,13 +5,13 @@ labelled, `train_iterator` and `eval_batches` make batches of them.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from csc_jax.data import builder, camvid, cityscapes, pascal_voc, synthetic
-from csc_jax.data.codec import read_image
+from csc_jax.data import builder, camvid, cityscapes, folder, pascal_voc, synthetic
+from csc_jax.data.codec import cpu_count, read_image
+from csc_jax.data.example import Listing
 from csc_jax.data.partition import Partition, partition, write_partition
 from csc_jax.data.pipeline import check_crop, eval_batches, steps_per_epoch, train_iterator
 from csc_jax.data.source import Dataset, Source
@@ -22,6 +22,7 @@ __all__ = [
     "Partition",
     "Source",
     "check_crop",
+    "cpu_count",
     "eval_batches",
     "load",
     "partition",
@@ -31,10 +32,13 @@ __all__ = [
     "write_partition",
 ]
 
-_FOLDERS: dict[str, ModuleType] = {
-    "camvid": camvid,
-    "cityscapes": cityscapes,
-    "pascal_voc": pascal_voc,
+# What each name finds at `data.root`.
+_FINDERS: dict[str, Callable[[ConfigDict], Listing]] = {
+    "synthetic": synthetic.find,
+    "camvid": camvid.find,
+    "cityscapes": cityscapes.find,
+    "pascal_voc": pascal_voc.find,
+    "folder": folder.find,
 }
 
 
@@ -52,21 +56,11 @@ def load(config: ConfigDict) -> Dataset:
         raise UserError(
             f"data.image_size is {size}; give height and width in px, or (0, 0) for own size."
         )
-    module: ModuleType
-    splits: Mapping[str, Sequence[builder.Example]]
-    if config.name == "synthetic":
-        module, splits = synthetic, synthetic.scenes(config.synthetic)
-    elif config.name in _FOLDERS:
-        module = _FOLDERS[config.name]
-        splits = module.find(config.root)
-    else:
-        names = ["synthetic", *_FOLDERS]
-        near = difflib.get_close_matches(config.name, names, n=1)
+    if config.name not in _FINDERS:
+        near = difflib.get_close_matches(config.name, _FINDERS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
             f"data.name is {config.name!r}, which is no known data set; {hint}There are "
-            f"{', '.join(names)}."
+            f"{', '.join(_FINDERS)}."
         )
-    return builder.prepare(
-        config.name, module.CLASS_NAMES, module.PALETTE, splits, config.cache_dir, size
-    )
+    return builder.prepare(config.name, _FINDERS[config.name](config), config.cache_dir, size)

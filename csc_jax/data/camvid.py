@@ -7,9 +7,10 @@ and test (optional); a label holds the class ids 0..10, and 11 for void.
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from csc_jax.data.builder import Pair, label_ids
-from csc_jax.data.folders import checked, existing_root
+from csc_jax.data import files
+from csc_jax.data.example import Listing, Pair, check_splits, label_ids
 from csc_jax.data.transforms import IGNORE
 
 CLASS_NAMES = (
@@ -42,25 +43,32 @@ PALETTE = np.array(
     np.uint8,
 )
 _LABEL_IDS = label_ids({**{i: i for i in range(len(CLASS_NAMES))}, 11: IGNORE, IGNORE: IGNORE})
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def find(root: str) -> dict[str, list[Pair]]:
-    """Returns the pairs of each split in name order; ids are bare file stems.
+def find(config: ConfigDict) -> Listing:
+    """Lists the pairs of each split in name order; ids are bare file stems.
+
+    Args:
+      config: the `data` part of the configuration.
 
     Raises:
-      UserError: if `root` or the images of train or val are missing.
+      UserError: if `data.root` or the images of train or val are missing.
     """
-    folder = existing_root(root, "CamVid: images/{train,val} and labels/{train,val}")
+    folder = files.existing_root(config.root, "CamVid: images/{train,val} and labels/{train,val}")
     splits = {split: _pairs(folder, split) for split in ("train", "val", "test")}
     if not splits["test"]:
         del splits["test"]
-    return checked(splits, folder, "images/<split>/*.jpg")
+    check_splits(splits, config.root, "images/<split>/*.jpg")
+    return Listing(CLASS_NAMES, PALETTE, splits)
 
 
 def _pairs(folder: Path, split: str) -> list[Pair]:
-    images = (p for p in (folder / "images" / split).glob("*") if p.suffix.lower() in _SUFFIXES)
+    images = sorted(
+        path
+        for path in (folder / "images" / split).glob("*")
+        if path.suffix.lower() in files.IMAGE_SUFFIXES
+    )
     return [
         Pair(path.stem, path, folder / "labels" / split / f"{path.stem}.png", _LABEL_IDS)
-        for path in sorted(images)
+        for path in images
     ]

@@ -1,16 +1,21 @@
 """Cityscapes (Cordts et al., 2016), fine annotations, 19 classes.
 
 Layout, as the official archives unpack: `leftImg8bit/<split>/<city>/*_leftImg8bit.png` and
-`gtFine/<split>/<city>/*_gtFine_labelIds.png`, splits train and val.
+`gtFine/<split>/<city>/*_gtFine_labelIds.png`, splits train and val, or the archives themselves.
+`leftImg8bit/train_extra` holds 19,998 more images, used without label where the config asks for it.
 """
 
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from csc_jax.data.builder import Pair, label_ids
-from csc_jax.data.folders import checked, existing_root
+from csc_jax.data import files
+from csc_jax.data.example import Listing, Pair, check_splits, label_ids
 from csc_jax.data.transforms import IGNORE
+from csc_jax.errors import UserError
 
 # name, label id in the PNG files, colour; the order is that of the official train ids.
 _CLASSES = (
@@ -42,25 +47,54 @@ _LABEL_IDS = label_ids(
     | {label_id: train_id for train_id, (_, label_id, _) in enumerate(_CLASSES)}
 )
 
+_ARCHIVES = ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip")
+_EXTRA_ARCHIVE = "leftImg8bit_trainextra.zip"
+# A black frame, which the data set's download page asks to delete.
+_BLACK = "leftImg8bit/train_extra/troisdorf/troisdorf_000000_000073_leftImg8bit.png"
 
-def find(root: str) -> dict[str, list[Pair]]:
-    """Returns the pairs of each split in name order.
 
-    Ids are image paths relative to `root`, as published split lists write them:
+def find(config: ConfigDict) -> Listing:
+    """Lists the pairs of each split in name order, then the extra images in theirs.
+
+    Ids are image paths relative to `data.root`, as published split lists write them:
     `leftImg8bit/train/hamburg/hamburg_000000_080169_leftImg8bit.png`.
 
+    Args:
+      config: the `data` part of the configuration.
+
     Raises:
-      UserError: if `root` or the images of a split are missing.
+      UserError: if `data.root` or the images of a split are missing, or an archive is unusable.
     """
-    folder = existing_root(root, "the unpacked Cityscapes archives: leftImg8bit/ and gtFine/")
-    splits = {split: _pairs(folder, split) for split in ("train", "val")}
-    return checked(splits, folder, "leftImg8bit/<split>/<city>/*_leftImg8bit.png")
+    layout = f"the Cityscapes archives {' and '.join(_ARCHIVES)}, or leftImg8bit/ and gtFine/"
+    folder = files.existing_root(config.root, layout)
+    archives = files.open_archives(folder, _ARCHIVES)
+    splits = {split: _pairs(folder, split, archives) for split in ("train", "val")}
+    pattern = f"leftImg8bit/<split>/<city>/*_leftImg8bit.png or {_ARCHIVES[0]}"
+    check_splits(splits, config.root, pattern)
+    if config.cityscapes.extra:
+        splits["train"] += _extra(folder)
+    return Listing(CLASS_NAMES, PALETTE, splits)
 
 
-def _pairs(folder: Path, split: str) -> list[Pair]:
+def _pairs(folder: Path, split: str, archives: Sequence[zipfile.ZipFile]) -> list[Pair]:
+    images = files.find(folder, f"leftImg8bit/{split}/*/*_leftImg8bit.png", archives)
+    labels = files.find(folder, f"gtFine/{split}/*/*_gtFine_labelIds.png", archives)
     pairs = []
-    for image in sorted((folder / "leftImg8bit" / split).glob("*/*_leftImg8bit.png")):
-        stem = image.name.removesuffix("_leftImg8bit.png")
-        label = folder / "gtFine" / split / image.parent.name / f"{stem}_gtFine_labelIds.png"
-        pairs.append(Pair(image.relative_to(folder).as_posix(), image, label, _LABEL_IDS))
+    for path, image in images.items():
+        label = path.replace("leftImg8bit/", "gtFine/", 1).replace(
+            "_leftImg8bit.png", "_gtFine_labelIds.png"
+        )
+        pairs.append(Pair(path, image, labels.get(label, folder / label), _LABEL_IDS))
     return pairs
+
+
+def _extra(folder: Path) -> list[Pair]:
+    archives = files.open_archives(folder, (_EXTRA_ARCHIVE,))
+    images = files.find(folder, "leftImg8bit/train_extra/*/*_leftImg8bit.png", archives)
+    images.pop(_BLACK, None)
+    if not images:
+        raise UserError(
+            f"data.cityscapes.extra is on, but data.root {folder} holds neither "
+            f"leftImg8bit/train_extra nor {_EXTRA_ARCHIVE}; add one of them or switch it off."
+        )
+    return [Pair(path, image, None, _LABEL_IDS) for path, image in images.items()]

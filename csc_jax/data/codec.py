@@ -1,9 +1,12 @@
-"""Encoded images and labels to arrays and back (OpenCV)."""
+"""Encoded images and labels to arrays and back."""
 
+import io
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from csc_jax.errors import UserError
 
@@ -16,18 +19,47 @@ cv2.setNumThreads(0)
 _RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
+def cpu_count() -> int:
+    """Returns how many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def decode_image(data: bytes) -> np.ndarray | None:
     """Returns the image as (H, W, 3) uint8 RGB, or None if it is corrupt or truncated."""
     return _decode(data, _RGB)
 
 
 def decode_label(data: bytes) -> np.ndarray | None:
-    """Returns the pixels as stored, or None if the file is corrupt or truncated.
-
-    (H, W) of uint8 or uint16 for a grey-scale PNG, (H, W, 3 or 4) uint8 BGR for one with colours
-    (OpenCV resolves a palette).
-    """
+    """Returns a label that `encode_png` wrote, (H, W) uint8, or None if it is corrupt."""
     return _decode(data, cv2.IMREAD_UNCHANGED)
+
+
+def decode_stored_values(data: bytes, suffix: str) -> np.ndarray | None:
+    """Decodes a label file of the user's.
+
+    Args:
+      suffix: ".mat" for a class map of SBD, any other for an image.
+
+    Returns:
+      The values as they are stored, those of a palette PNG being its indices: (H, W) of an integer
+      type, or (H, W, 3 or 4) if they are colours. None if the file is corrupt or truncated.
+    """
+    try:
+        if suffix == ".mat":
+            from scipy import io as scipy_io  # takes its time, and few need it
+
+            stored = scipy_io.loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0]
+        else:
+            # OpenCV would turn the indices of a palette into colours.
+            with Image.open(io.BytesIO(data)) as image:
+                stored = np.asarray(image)
+    except Exception:  # on a damaged file both raise nearly anything
+        return None
+    if stored.ndim == 3 and stored.shape[-1] == 2:
+        stored = stored[..., 0]  # grey and alpha
+    return stored.astype(np.uint8) if stored.dtype == bool else stored
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -3,14 +3,14 @@
 import fractions
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from csc_jax.data.source import Dataset
+from csc_jax.data.source import Dataset, Source
 from csc_jax.errors import UserError
 
 
@@ -26,21 +26,22 @@ def partition(config: ConfigDict, dataset: Dataset, seed: int) -> Partition:
 
     Args:
       config: the `data` part of the configuration. `labeled_list` (one id a line) decides where
-        it is given, else `labeled_fraction` of the images is drawn from `seed`.
+        it is given, else `labeled_fraction` of the images that have a label is drawn from `seed`.
 
     Raises:
-      UserError: for a list with an unknown or repeated id, lists that overlap, a fraction outside
-        (0, 1], or a partition that leaves nothing unlabelled.
+      UserError: for a list with an unknown or repeated id, lists that overlap, an image without
+        label on the labelled list, a fraction outside (0, 1], or a partition that leaves nothing
+        unlabelled.
     """
-    ids = dataset.sources["train"].ids
+    source = dataset.sources["train"]
     if config.labeled_list:
-        return _from_lists(config, ids)
+        return _from_lists(config, source)
     if config.unlabeled_list:
         raise UserError(
             f"data.unlabeled_list is {config.unlabeled_list!r} but data.labeled_list is empty; "
             "give both lists, or the labelled one alone."
         )
-    return _draw(_fraction(config.labeled_fraction), ids, seed)
+    return _draw(_fraction(config.labeled_fraction), source, seed)
 
 
 def write_partition(lists: Partition, workdir: Path) -> None:
@@ -51,21 +52,23 @@ def write_partition(lists: Partition, workdir: Path) -> None:
         (folder / f"{name}.txt").write_text("".join(f"{i}\n" for i in ids), encoding="utf-8")
 
 
-def _draw(fraction: fractions.Fraction, ids: Sequence[str], seed: int) -> Partition:
+def _draw(fraction: fractions.Fraction, source: Source, seed: int) -> Partition:
+    able = [name for name in source.ids if name not in source.without_label]
+    # Rounded up: gives the published counts of both benchmarks (decisions.md, partitions).
+    count = math.ceil(len(able) * fraction)
+    order = np.random.default_rng(seed).permutation(len(able))
+    chosen = {able[i] for i in order[:count]}
+    labeled = tuple(name for name in source.ids if name in chosen)
+    unlabeled = tuple(name for name in source.ids if name not in chosen)
+    if unlabeled:
+        return Partition(labeled, unlabeled)
     if fraction == 1:
         # Full supervision: the second stream still needs images, and takes them all.
-        return Partition(tuple(ids), tuple(ids))
-    # Rounded up: gives the published counts of both benchmarks (decisions.md, partitions).
-    count = math.ceil(len(ids) * fraction)
-    chosen = set(np.random.default_rng(seed).permutation(len(ids))[:count].tolist())
-    labeled = tuple(name for i, name in enumerate(ids) if i in chosen)
-    unlabeled = tuple(name for i, name in enumerate(ids) if i not in chosen)
-    if not unlabeled:
-        raise UserError(
-            f"data.labeled_fraction = {fraction} of {len(ids)} train images leaves none "
-            "unlabelled; use a smaller fraction or more images."
-        )
-    return Partition(labeled, unlabeled)
+        return Partition(source.ids, source.ids)
+    raise UserError(
+        f"data.labeled_fraction = {fraction} of {len(able)} train images leaves none "
+        "unlabelled; use a smaller fraction or more images."
+    )
 
 
 def _fraction(text: str) -> fractions.Fraction:
@@ -81,19 +84,25 @@ def _fraction(text: str) -> fractions.Fraction:
     return value
 
 
-def _from_lists(config: ConfigDict, ids: Sequence[str]) -> Partition:
-    known = set(ids)
-    labeled = _read_list("data.labeled_list", config.labeled_list, known)
+def _from_lists(config: ConfigDict, source: Source) -> Partition:
+    labeled = _read_list("data.labeled_list", config.labeled_list, source.ids)
+    taken = set(labeled)
+    bare = taken & source.without_label
+    if bare:
+        raise UserError(
+            f"data.labeled_list {config.labeled_list} names {_some(bare)}, which the data set has "
+            "no label for; an image of that kind can only be unlabelled."
+        )
     if config.unlabeled_list:
-        unlabeled = _read_list("data.unlabeled_list", config.unlabeled_list, known)
-        overlap = set(labeled) & set(unlabeled)
+        unlabeled = _read_list("data.unlabeled_list", config.unlabeled_list, source.ids)
+        overlap = taken.intersection(unlabeled)
         if overlap:
             raise UserError(
                 f"data.labeled_list {config.labeled_list} and data.unlabeled_list "
                 f"{config.unlabeled_list} share {_some(overlap)}; an image may be in one of them."
             )
     else:
-        unlabeled = tuple(name for name in ids if name not in set(labeled))
+        unlabeled = tuple(name for name in source.ids if name not in taken)
         if not unlabeled:
             raise UserError(
                 f"data.labeled_list {config.labeled_list} names every train image and leaves none "
@@ -102,7 +111,7 @@ def _from_lists(config: ConfigDict, ids: Sequence[str]) -> Partition:
     return Partition(labeled, unlabeled)
 
 
-def _read_list(field: str, path: str, known: Collection[str]) -> tuple[str, ...]:
+def _read_list(field: str, path: str, ids: Sequence[str]) -> tuple[str, ...]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -110,11 +119,11 @@ def _read_list(field: str, path: str, known: Collection[str]) -> tuple[str, ...]
     listed = [line.strip() for line in text.splitlines() if line.strip()]
     if not listed:
         raise UserError(f"{field} {path} holds no id; write one id of the train split a line.")
-    unknown = [name for name in listed if name not in known]
+    unknown = set(listed).difference(ids)
     if unknown:
         raise UserError(
             f"{field} {path} names {_some(unknown)}, not in the train split; its ids look like "
-            f"{min(known)}."
+            f"{min(ids)}."
         )
     repeated = [name for name, times in Counter(listed).items() if times > 1]
     if repeated:

@@ -1,16 +1,18 @@
 """Pascal VOC 2012 segmentation (Everingham et al., 2010), 21 classes with background.
 
-Layout: `VOCdevkit/VOC2012` with JPEGImages, SegmentationClass and ImageSets/Segmentation. Where
-`SegmentationClassAug` and `train_aug.txt` are there too, the train split is the pool of 10,582
-images that the field calls blender, else the classic 1,464.
+Layout: `VOCdevkit/VOC2012` with JPEGImages, SegmentationClass and ImageSets/Segmentation, and the
+augmented annotations (SBD, Hariharan et al., 2011) as PNGs in `SegmentationClassAug`, as the
+`cls/*.mat` of SBD in `SBD` or `benchmark_RELEASE/dataset`, or both.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from csc_jax.data.builder import Pair, label_ids
-from csc_jax.data.folders import checked, existing_root
+from csc_jax.data import files
+from csc_jax.data.example import Listing, Pair, check_splits, label_ids
 from csc_jax.data.transforms import IGNORE
 from csc_jax.errors import UserError
 
@@ -39,54 +41,98 @@ CLASS_NAMES = (
 )
 
 
-def _colormap() -> np.ndarray:
+def colormap() -> np.ndarray:
     """The official palette, (256, 3) uint8 RGB: the bits of the index dealt out to R, G and B."""
     index, channel = np.arange(256)[:, None], np.arange(3)
     bits = [((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)]
     return np.sum(bits, axis=0).astype(np.uint8)
 
 
-_COLORMAP = _colormap()
-PALETTE = _COLORMAP[: len(CLASS_NAMES)]
+PALETTE = colormap()[: len(CLASS_NAMES)]
 _LABEL_IDS = label_ids({**{i: i for i in range(len(CLASS_NAMES))}, IGNORE: IGNORE})
+_SBD_FOLDERS = ("SBD", "benchmark_RELEASE/dataset")
 
 
-def find(root: str) -> dict[str, list[Pair]]:
-    """Returns the pairs of each split in the order of its list file; ids are bare file stems.
+def find(config: ConfigDict) -> Listing:
+    """Lists the pairs of train in name order and of val in that of its list file.
+
+    Ids are bare file stems. The train split is the pool that published work draws from, 10,582
+    images: `train_aug.txt` or `trainaug.txt` if there is one, else VOC's own 1,464 and all that the
+    augmented annotations hold, less those of val. With `data.pascal_voc.pool` "blender" all of them
+    can be labelled ones, with "classic" VOC's own alone.
+
+    Args:
+      config: the `data` part of the configuration.
 
     Raises:
-      UserError: if `root`, one of its parts or the list file of a split is missing.
+      UserError: if `data.root`, one of its parts or a list file is missing.
     """
-    folder = existing_root(root, "VOCdevkit/VOC2012, or that folder itself")
-    for inner in ("VOCdevkit/VOC2012", "VOC2012"):
-        if (folder / inner).is_dir():
-            folder = folder / inner
-            break
-    augmented = folder / "SegmentationClassAug"
-    has_pool = augmented.is_dir() and _list_file(folder, "train_aug").is_file()
+    root = files.existing_root(config.root, "VOCdevkit/VOC2012, or that folder itself")
+    inner = (root / name for name in ("VOCdevkit/VOC2012", "VOC2012"))
+    folder = next((path for path in inner if path.is_dir()), root)
+    own, val = set(_list(folder, "train")), _list(folder, "val")
+    augmented = _augmented(root, folder)
+    blender = config.pascal_voc.pool == "blender"
+
+    def train_label(name: str) -> Path | None:
+        if name in own:  # the better ones, as in the field's conversion of SBD
+            return folder / "SegmentationClass" / f"{name}.png"
+        missing = folder / "SegmentationClassAug" / f"{name}.png"
+        return augmented.get(name, missing) if blender else None
+
+    pool = _pool(folder, own, val, augmented)
     splits = {
-        "train": _pairs(folder, "train_aug", augmented)
-        if has_pool
-        else _pairs(folder, "train", folder / "SegmentationClass"),
-        "val": _pairs(folder, "val", folder / "SegmentationClass"),
+        "train": [_pair(folder, name, train_label(name)) for name in pool],
+        "val": [_pair(folder, name, folder / "SegmentationClass" / f"{name}.png") for name in val],
     }
-    return checked(splits, folder, "ids in ImageSets/Segmentation/<split>.txt")
+    check_splits(splits, config.root, "ids in ImageSets/Segmentation/<split>.txt")
+    if blender and not augmented:
+        raise UserError(
+            f"data.root {root} lacks the augmented annotations: SegmentationClassAug/*.png in "
+            f"{folder}, or cls/*.mat in {' or '.join(_SBD_FOLDERS)}. Add one of them, or have the "
+            "labelled images drawn from VOC's own with --config.data.pascal_voc.pool=classic."
+        )
+    return Listing(CLASS_NAMES, PALETTE, splits)
 
 
 def _list_file(folder: Path, name: str) -> Path:
     return folder / "ImageSets" / "Segmentation" / f"{name}.txt"
 
 
-def _pairs(folder: Path, name: str, labels: Path) -> list[Pair]:
-    listing = _list_file(folder, name)
-    if not listing.is_file():
+def _list(folder: Path, name: str) -> list[str]:
+    path = _list_file(folder, name)
+    if not path.is_file():
         raise UserError(
-            f"data.root {folder} lacks {listing.relative_to(folder)}; it must be the VOC2012 "
+            f"data.root {folder} lacks {path.relative_to(folder)}; it must be the VOC2012 "
             "folder of VOCdevkit with JPEGImages, SegmentationClass and ImageSets."
         )
-    return [
-        Pair(
-            i, folder / "JPEGImages" / f"{i}.jpg", labels / f"{i}.png", _LABEL_IDS, colors=_COLORMAP
-        )
-        for i in listing.read_text(encoding="utf-8").split()
-    ]
+    # Some lists of the pool write "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png".
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [Path(line.split()[0]).stem for line in lines if line.strip()]
+
+
+def _augmented(root: Path, folder: Path) -> dict[str, Path]:
+    """Returns the augmented label of each image; a PNG goes before a .mat file."""
+    found: dict[str, Path] = {}
+    for base in (root, folder):
+        for name in _SBD_FOLDERS:
+            found |= _by_stem((base / name / "cls").glob("*.mat"))
+    return found | _by_stem((folder / "SegmentationClassAug").glob("*.png"))
+
+
+def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    return {path.stem: path for path in paths}
+
+
+def _pool(
+    folder: Path, own: Iterable[str], val: Iterable[str], augmented: Iterable[str]
+) -> list[str]:
+    # In name order, so that one seed draws the same images however the pool is given.
+    for name in ("train_aug", "trainaug"):
+        if _list_file(folder, name).is_file():
+            return sorted(_list(folder, name))
+    return sorted({*own, *augmented} - set(val))
+
+
+def _pair(folder: Path, name: str, label: Path | None) -> Pair:
+    return Pair(name, folder / "JPEGImages" / f"{name}.jpg", label, _LABEL_IDS)

@@ -6,9 +6,10 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 
-from csc_jax.data import transforms
+from csc_jax.data import codec, transforms
 from csc_jax.data.partition import Partition
 from csc_jax.data.source import Dataset, Source
 from csc_jax.errors import UserError
@@ -31,10 +32,8 @@ class WeakAugmentation(grain.transforms.RandomMap):
     fill: tuple[int, int, int]
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        image, label = element["image"], element["label"]
-        image, label = transforms.random_resize(image, label, rng, self.scale_range)
-        maps: tuple[np.ndarray, ...] = transforms.random_crop(
-            image, label, rng, self.crop_size, self.fill
+        maps: tuple[np.ndarray, ...] = transforms.random_resized_crop(
+            element["image"], element["label"], rng, self.scale_range, self.crop_size, self.fill
         )
         if self.flip:
             maps = transforms.random_flip(maps, rng)
@@ -42,52 +41,72 @@ class WeakAugmentation(grain.transforms.RandomMap):
 
 
 def train_iterator(
-    config: ConfigDict, dataset: Dataset, partition: Partition
+    config: ConfigDict,
+    dataset: Dataset,
+    partition: Partition,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Returns the endless train stream.
+    """Returns the endless train stream of one JAX process.
 
     Each element is {"labeled": {...}, "unlabeled": {...}}, each half with image (B, h, w, 3)
     uint8 RGB, label (B, h, w) uint8, 255 = ignore, and inside (B, h, w) bool, False on padding.
     The unlabelled half carries its labels for the metric of pseudo-label accuracy alone. Both
     lists repeat without end, each reshuffled at every pass; an image's place and its augmentation
-    depend on (seed, pass, place in the pass) only, not on timing, threads or what was read before,
-    so `get_state` is one number.
+    depend on (seed, pass, place in the pass) only, not on timing, threads, processes or what was
+    read before, so `get_state` is one number (one for each of `data.workers`).
+
+    Of `process_count` processes each reads its own share: rows number `process_index` * B on of the
+    whole batch, B being the size in `config.batch` by the number of processes.
 
     Raises:
-      UserError: if the crop is larger than the images, or a field of `config.data` is out of range.
+      UserError: if the crop is larger than the images, a batch does not divide by the processes, or
+        a field of `config.data` is out of range.
     """
     check_crop(config.data, dataset)
-    low, high = config.data.scale_range
+    source = dataset.sources["train"]
+    augment = weak_augmentation(config.data)
+    labeled, unlabeled = (
+        _stream(source, ids, augment, np.random.SeedSequence([config.seed, stream]))
+        for ids, stream in ((partition.labeled, _LABELED), (partition.unlabeled, _UNLABELED))
+    )
+    halves = [
+        _batches(stream, f"batch.{half}", config.batch[half], process_index, process_count)
+        for half, stream in (("labeled", labeled), ("unlabeled", unlabeled))
+    ]
+    steps = min(map(len, halves))  # both as good as endless; zip wants equal lengths
+    zipped = grain.experimental.ZipMapDataset([half[:steps] for half in halves])
+    batches = zipped.map(_name_halves).to_iter_dataset(read_options(config.data))
+    if config.data.workers:
+        if not flags.FLAGS.is_parsed():  # by a program without absl flags; Grain asks for its own
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
+    return iter(batches)
+
+
+def weak_augmentation(config: ConfigDict) -> WeakAugmentation:
+    """Returns what `config`, the `data` part, asks for; UserError for a field out of range."""
+    low, high = config.scale_range
     if not 0 < low <= 1 <= high:
         raise UserError(
             f"data.scale_range is ({low}, {high}); it must hold a ratio in (0, 1] and one of at "
             "least 1, and (1, 1) switches the random resize off."
         )
-    red, green, blue = (round(value) for value in config.data.mean)
-    augment = WeakAugmentation(
-        crop_size=tuple(config.data.crop_size),
+    red, green, blue = (round(value) for value in config.mean)
+    return WeakAugmentation(
+        crop_size=tuple(config.crop_size),
         scale_range=(low, high),
-        flip=config.data.flip,
+        flip=config.flip,
         fill=(red, green, blue),
     )
-    source = dataset.sources["train"]
-    labeled, unlabeled = (
-        _stream(source, ids, augment, batch, np.random.SeedSequence([config.seed, stream]))
-        for ids, batch, stream in (
-            (partition.labeled, config.batch.labeled, _LABELED),
-            (partition.unlabeled, config.batch.unlabeled, _UNLABELED),
-        )
+
+
+def read_options(config: ConfigDict) -> grain.ReadOptions:
+    """Returns threads and buffer, those left at 0 set for this machine; `config` is `data`."""
+    threads = config.threads or max(1, codec.cpu_count() // max(1, config.workers))
+    return grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=config.prefetch or 2 * threads
     )
-    steps = min(len(labeled), len(unlabeled))  # both as good as endless; zip wants equal lengths
-    zipped = grain.experimental.ZipMapDataset([labeled[:steps], unlabeled[:steps]])
-    batches = zipped.map(_name_halves).to_iter_dataset(
-        grain.ReadOptions(
-            num_threads=config.data.threads, prefetch_buffer_size=config.data.prefetch
-        )
-    )
-    if config.data.workers:
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
-    return iter(batches)
 
 
 def steps_per_epoch(config: ConfigDict, partition: Partition) -> int:
@@ -132,12 +151,9 @@ def eval_batches(source: Source, batch_size: int) -> Iterator[dict[str, Any]]:
 
 
 def _stream(
-    source: Source,
-    ids: Sequence[str],
-    augment: WeakAugmentation,
-    batch_size: int,
-    seeds: np.random.SeedSequence,
+    source: Source, ids: Sequence[str], augment: WeakAugmentation, seeds: np.random.SeedSequence
 ) -> grain.MapDataset:
+    """Returns the endless stream of augmented images."""
     positions = {name: index for index, name in enumerate(source.ids)}
     shuffle_seed, augment_seed = (int(word) for word in seeds.generate_state(2))
     return (
@@ -146,8 +162,39 @@ def _stream(
         .repeat()  # before `batch`, so that a list shorter than the batch still fills it
         .map(source.__getitem__)
         .random_map(augment, seed=augment_seed)
-        .batch(batch_size, drop_remainder=True)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """Those elements of a stream that belong to one process's rows of each batch."""
+
+    stream: grain.MapDataset
+    batch_size: int  # of all processes together
+    rows: int  # of this process
+    first_row: int
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.batch_size * self.rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, row = divmod(int(index), self.rows)
+        return self.stream[step * self.batch_size + self.first_row + row]
+
+
+def _batches(
+    stream: grain.MapDataset, field: str, batch_size: int, process_index: int, process_count: int
+) -> grain.MapDataset:
+    rows, rest = divmod(batch_size, process_count)
+    if rest:
+        raise UserError(
+            f"{field} is {batch_size}, which does not divide by the {process_count} processes of "
+            f"this run; choose a multiple of {process_count}."
+        )
+    if process_count > 1:
+        share = _Share(stream, batch_size, rows, first_row=process_index * rows)
+        stream = grain.MapDataset.source(share)
+    return stream.batch(rows, drop_remainder=True)
 
 
 def _name_halves(pair: tuple[Any, Any]) -> dict[str, Any]:

@@ -18,11 +18,13 @@ class Source:
       ids: one per image, in the order of the data set.
       max_size: (height, width) px, each the largest of any image of the split.
       records: encoded `image` and `label` bytes of each id.
+      without_label: ids whose label is 255 throughout, as the data set has none for them.
     """
 
     ids: tuple[str, ...]
     max_size: tuple[int, int]
     records: Sequence[Mapping[str, bytes]]
+    without_label: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.ids)

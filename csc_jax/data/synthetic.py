@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax.data.canvas import Canvas, box, disc, hsv, polygon
+from csc_jax.data.example import Listing
 from csc_jax.data.street_objects import (
     BUILDING,
     CLASS_NAMES,
@@ -31,7 +32,7 @@ from csc_jax.data.street_objects import (
 )
 from csc_jax.errors import UserError
 
-__all__ = ["CLASS_NAMES", "PALETTE", "Scene", "draw", "scenes"]
+__all__ = ["CLASS_NAMES", "PALETTE", "Scene", "draw", "find", "scenes"]
 
 PALETTE = np.array(
     [
@@ -69,8 +70,15 @@ class Scene:
     def id(self) -> str:
         return f"{self.split}_{self.index:05d}"
 
+    @property
+    def has_label(self) -> bool:
+        return True
+
     def fingerprint(self) -> str:
         return f"{_VERSION} {self.seed} {self.size} {self.weather}"
+
+    def original(self) -> None:
+        """No file stands behind a scene."""
 
     def read(self) -> tuple[np.ndarray, np.ndarray, None]:
         """Draws image (H, W, 3) uint8 RGB and label (H, W) uint8; no file stands behind them."""
@@ -78,6 +86,11 @@ class Scene:
         rng = np.random.default_rng([self.seed, stream, self.index])
         image, label = draw(rng, self.size, self.weather)
         return image, label, None
+
+
+def find(config: ConfigDict) -> Listing:
+    """Lists the scenes of each split; `config` is the `data` part of the configuration."""
+    return Listing(CLASS_NAMES, PALETTE, scenes(config.synthetic))
 
 
 def scenes(config: ConfigDict) -> dict[str, list[Scene]]:

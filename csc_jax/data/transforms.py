@@ -4,6 +4,8 @@ Everywhere `image` is (H, W, 3) uint8 RGB and `label` (H, W) uint8 with 255 = ig
 through the same geometry; labels are only ever copied (nearest neighbour), never interpolated.
 """
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -22,63 +24,87 @@ def resize(
     return cv2.resize(image, (width, height), interpolation=interpolation), _nearest(label, size)
 
 
-def random_resize(
+def random_resized_crop(
     image: np.ndarray,
     label: np.ndarray,
     rng: np.random.Generator,
     scale_range: tuple[float, float],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scales by a random ratio, up or down with probability 1/2 each (decisions.md 22).
-
-    Args:
-      scale_range: (low, high) with low <= 1 <= high; the ratio is uniform in [low, 1] or [1, high].
-    """
-    low, high = scale_range
-    scale = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
-    size = (max(1, round(label.shape[0] * scale)), max(1, round(label.shape[1] * scale)))
-    if size == label.shape:
-        return image, label
-    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    return image, _nearest(label, size)
-
-
-def random_crop(
-    image: np.ndarray,
-    label: np.ndarray,
-    rng: np.random.Generator,
     size: tuple[int, int],
     fill: tuple[int, int, int],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts a random `size` = (height, width) px window.
+    """Scales by a random ratio, up or down with probability 1/2 each, and cuts a random window.
 
-    Where the image is smaller than the window it lies at a random place inside it, on `fill`
+    Where the scaled image is smaller than the window it lies at a random place inside it, on `fill`
     (RGB), and the label on 255.
+
+    Args:
+      scale_range: (low, high) with low <= 1 <= high; the ratio is uniform in [low, 1] or [1, high]
+        (decisions.md 22).
+      size: (height, width) px of the window.
 
     Returns:
       Image and label of that size, and a (height, width) bool mask, False on the padding.
     """
-    window_image = np.empty((*size, 3), np.uint8)
-    window_image[:] = fill
-    window_label = np.full(size, IGNORE, np.uint8)
-    inside, window = [], []
-    for have, want in zip(label.shape, size, strict=True):
-        # The window's start in image coordinates; below 0 where the image is the smaller one.
+    low, high = scale_range
+    scale = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
+    scaled = [max(1, round(side * scale)) for side in label.shape]
+    visible, margins = [], list[int]()
+    for have, want in zip(scaled, size, strict=True):
+        # The window's start in the scaled image; below 0 where that is the smaller one.
         start = int(rng.integers(min(0, have - want), max(0, have - want) + 1))
-        low, high = max(start, 0), min(start + want, have)
-        inside.append(slice(low, high))
-        window.append(slice(low - start, high - start))
-    window_image[tuple(window)] = image[tuple(inside)]
-    window_label[tuple(window)] = label[tuple(inside)]
-    mask = np.zeros(size, bool)
-    mask[tuple(window)] = True
-    return window_image, window_label, mask
+        first, end = max(start, 0), min(start + want, have)
+        visible.append(np.arange(first, end))
+        margins += [first - start, start + want - end]
+    # Only what shows is scaled: at twice the size that is a small part of the image.
+    rows, columns = visible
+    image = _bilinear(image, scaled, rows, columns)
+    source_rows = _source_index(rows, label.shape[0], scaled[0])
+    source_columns = _source_index(columns, label.shape[1], scaled[1])
+    label = label.take(source_rows, axis=0).take(source_columns, axis=1)
+    inside = np.ones(label.shape, np.uint8)
+    if any(margins):
+        image = _pad(image, margins, fill)
+        label, inside = _pad(label, margins, IGNORE), _pad(inside, margins, 0)
+    return image, label, inside.view(bool)
 
 
 def random_flip(maps: tuple[np.ndarray, ...], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Mirrors maps (H, W, …) of one image left and right together, with probability 1/2."""
+    """Mirrors maps (H, W, …) of one image, of bytes, left and right with probability 1/2."""
     if rng.random() < 0.5:
-        return tuple(np.ascontiguousarray(x[:, ::-1]) for x in maps)
+        return tuple(cv2.flip(x.view(np.uint8), 1).view(x.dtype) for x in maps)
     return maps
+
+
+def _bilinear(
+    image: np.ndarray, scaled: Sequence[int], rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Returns these rows and columns of the image resized to `scaled` = (height, width)."""
+    if tuple(scaled) == image.shape[:2]:
+        return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    y, x = image.shape[0] / scaled[0], image.shape[1] / scaled[1]  # source px per px
+    # Pixel centres lie at halves, as in cv2.resize; the border is repeated, as there.
+    to_source = np.array([
+        [x, 0, (columns[0] + 0.5) * x - 0.5],
+        [0, y, (rows[0] + 0.5) * y - 0.5],
+    ])  # fmt: skip
+    return cv2.warpAffine(
+        image,
+        to_source,
+        (len(columns), len(rows)),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+
+
+def _pad(x: np.ndarray, margins: Sequence[int], value: int | tuple[int, ...]) -> np.ndarray:
+    """Adds (top, bottom, left, right) px of `value` around a map."""
+    top, bottom, left, right = margins
+    return cv2.copyMakeBorder(x, top, bottom, left, right, cv2.BORDER_CONSTANT, value=value)
+
+
+def _source_index(index: np.ndarray, have: int, scaled: int) -> np.ndarray:
+    """Returns which of `have` pixels is nearest to each of these pixels, of `scaled`."""
+    return (2 * index + 1) * have // (2 * scaled)
 
 
 def _nearest(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:

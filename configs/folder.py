@@ -1,0 +1,40 @@
+"""Images and labels of your own (docs/data.md) on one GPU.
+
+Command:    python -m csc_jax.main --config=configs/folder.py --config.data.root=DIR --workdir=W
+            DIR holds images/, labels/ and classes.txt.
+Hardware:   one GPU with 24 GB; not run yet by this project.
+Run time:   not measured yet.
+Expected:   depends on the data; compare with --config.method.name=supervised.
+"""
+
+from ml_collections import ConfigDict
+
+from csc_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    c = default_config()
+    c.data.name = "folder"
+    c.data.labeled_fraction = "1/8"  # "1" = all that have a label; those without are used anyway
+    c.data.crop_size = (320, 320)
+
+    c.batch.labeled = 4
+    c.batch.unlabeled = 4
+    c.batch.eval = 1  # images may differ in size
+
+    c.model.backbone = "resnet50"
+    c.model.output_stride = 16
+
+    c.method.name = "csc"
+    c.method.supervised_only_epochs = 1.0
+    c.method.pseudo_label.mode = "adaptive"  # as on Pascal VOC (decisions.md 13)
+    c.method.pseudo_label.threshold = 0.7
+
+    c.optimizer.name = "sgd"
+    c.optimizer.learning_rate = 0.001
+    c.optimizer.head_multiplier = 10.0
+
+    c.train.epochs = 80.0
+    c.train.log_every = 50
+    c.train.eval_every = 1000
+    return c

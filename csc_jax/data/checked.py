@@ -1,0 +1,71 @@
+"""What a preparation has checked and encoded so far, so that a killed one can be resumed."""
+
+import shutil
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Encoded(NamedTuple):
+    """One image as it will be stored.
+
+    Attributes:
+      image: None = the user's own encoding.
+      label: PNG of class ids.
+      size: (height, width) px.
+    """
+
+    image: bytes | None
+    label: bytes
+    size: tuple[int, int]
+
+
+class Checked:
+    """A folder with a file for each image that was checked and found good.
+
+    A key must change whenever what belongs to it does. Different keys may be saved by several
+    threads at once.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __contains__(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def load(self, key: str) -> Encoded | None:
+        """Returns what was saved; None if there is nothing, or nothing whole."""
+        try:
+            # A zip archive, which has checksums.
+            with self._path(key).open("rb") as file, np.load(file) as stored:
+                image, label = stored["image"].tobytes(), stored["label"].tobytes()
+                height, width = stored["size"].tolist()
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        return Encoded(image or None, label, (height, width))
+
+    def save(self, key: str, encoded: Encoded) -> None:
+        """Saves all or nothing; OSError if that is not possible."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self._path(key).with_suffix(".unfinished")
+        try:
+            with unfinished.open("wb") as file:
+                np.savez(
+                    file,
+                    image=np.frombuffer(encoded.image or b"", np.uint8),
+                    label=np.frombuffer(encoded.label, np.uint8),
+                    size=np.array(encoded.size),
+                )
+            unfinished.replace(self._path(key))
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+    def clear(self) -> None:
+        """Removes everything."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{key}.npz"

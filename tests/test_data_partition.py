@@ -1,0 +1,156 @@
+"""Which train images are labelled: draws by seed, lists in files, and their faults."""
+
+import os
+from pathlib import Path
+
+import pytest
+from data_cases import counted_dataset, data_config
+
+from csc_jax import data
+from csc_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("images", "fraction", "labeled"),
+    [
+        (367, "1/2", 184),
+        (367, "1/4", 92),
+        (367, "1/8", 46),
+        (367, "1/16", 23),
+        (2975, "1/16", 186),  # published counts from here on
+        (2975, "1/8", 372),
+        (2975, "1/4", 744),
+        (2975, "1/2", 1488),
+        (10582, "1/16", 662),
+        (10582, "1/8", 1323),
+        (10582, "1/4", 2646),
+        (10582, "1/2", 5291),
+    ],
+)
+def test_draw_has_the_published_size_and_follows_the_seed(tmp_path, images, fraction, labeled):
+    dataset = counted_dataset(f"{i:05d}" for i in range(images))
+    config = data_config(tmp_path, labeled_fraction=fraction).data
+    drawn = data.partition(config, dataset, seed=0)
+    assert len(drawn.labeled) == labeled
+    assert sorted(drawn.labeled + drawn.unlabeled) == list(dataset.sources["train"].ids)
+    assert data.partition(config, dataset, seed=0) == drawn
+    assert data.partition(config, dataset, seed=1) != drawn
+
+
+def test_everything_labelled_is_also_the_unlabelled_list(tmp_path):
+    dataset = counted_dataset("abcd")
+    config = data_config(tmp_path, labeled_fraction="1").data
+    assert data.partition(config, dataset, 0) == (tuple("abcd"), tuple("abcd"))
+
+
+def test_nothing_left_unlabelled_is_an_error(tmp_path):
+    config = data_config(tmp_path, labeled_fraction="1/2").data
+    with pytest.raises(UserError, match=r"data\.labeled_fraction .* of 1 train images"):
+        data.partition(config, counted_dataset("a"), 0)
+
+
+def lists_config(tmp_path, labeled, unlabeled=None):
+    (tmp_path / "labeled.txt").write_bytes(labeled)
+    config = data_config(tmp_path, labeled_list=str(tmp_path / "labeled.txt")).data
+    if unlabeled is not None:
+        (tmp_path / "unlabeled.txt").write_bytes(unlabeled)
+        config.unlabeled_list = str(tmp_path / "unlabeled.txt")
+    return config
+
+
+def test_lists_may_have_windows_line_ends_and_blank_last_lines(tmp_path):
+    dataset = counted_dataset(["c/é 1.png", "c/2.png", "c/3.png", "c/4.png"])
+    config = lists_config(tmp_path, "\ufeffc/é 1.png\r\nc/3.png\r\n\r\n".encode(), b"c/4.png\n\n")
+    assert data.partition(config, dataset, 0) == (("c/é 1.png", "c/3.png"), ("c/4.png",))
+    config.unlabeled_list = ""
+    assert data.partition(config, dataset, 0).unlabeled == ("c/2.png", "c/4.png")
+
+
+@pytest.mark.parametrize(
+    ("labeled", "unlabeled", "message"),
+    [
+        (b"a\nx1\nx2\nx3\nx4\n", None, r"data\.labeled_list .*names x1, x2, x3 and 1 more, not in"),
+        (b"a\nb\na\n", None, r"data\.labeled_list .*names a more than once"),
+        (b"a\nb\n", b"c\nb\n", r"share b; an image may be in one"),
+        (b"a\n", b"c\nz\n", r"data\.unlabeled_list .*names z"),
+        (b"\n", None, r"data\.labeled_list .*holds no id"),
+        (b"a\nb\nc\n", None, r"leaves none unlabelled.*data\.labeled_fraction"),
+        (b"\xff\xfe", None, r"cannot be read as a text file"),
+    ],
+)
+def test_faults_in_lists_are_named(tmp_path, labeled, unlabeled, message):
+    with pytest.raises(UserError, match=message):
+        data.partition(lists_config(tmp_path, labeled, unlabeled), counted_dataset("abc"), 0)
+
+
+def test_a_missing_list_or_the_second_list_alone_is_an_error(tmp_path):
+    config = data_config(tmp_path, labeled_list="nowhere.txt").data
+    with pytest.raises(UserError, match=r"data\.labeled_list nowhere\.txt cannot be read"):
+        data.partition(config, counted_dataset("abc"), 0)
+    config = data_config(tmp_path, unlabeled_list="some.txt").data
+    with pytest.raises(UserError, match=r"data\.labeled_list is empty"):
+        data.partition(config, counted_dataset("abc"), 0)
+
+
+def test_a_written_partition_can_be_read_as_lists(tmp_path):
+    dataset = counted_dataset(f"straße {i}" for i in range(10))
+    config = data_config(tmp_path, labeled_fraction="1/2").data
+    drawn = data.partition(config, dataset, 3)
+    data.write_partition(drawn, tmp_path / "run")
+    config.labeled_list = str(tmp_path / "run/splits/labeled.txt")
+    config.unlabeled_list = str(tmp_path / "run/splits/unlabeled.txt")
+    assert data.partition(config, dataset, 4) == drawn
+
+
+def test_images_without_label_are_never_labelled_ones(tmp_path):
+    ids = [f"{i:02d}" for i in range(20)]
+    dataset = counted_dataset(ids, without_label=ids[::4])  # 5 of 20
+    for fraction, count in (("1/2", 8), ("1/8", 2), ("1", 15)):
+        config = data_config(tmp_path, labeled_fraction=fraction).data
+        drawn = data.partition(config, dataset, 0)
+        assert len(drawn.labeled) == count
+        assert not set(drawn.labeled) & set(ids[::4])
+        assert sorted(drawn.labeled + drawn.unlabeled) == ids
+
+
+def test_an_image_without_label_on_the_labelled_list_is_an_error(tmp_path):
+    dataset = counted_dataset("abcd", without_label="bd")
+    config = lists_config(tmp_path, b"a\nb\n", b"c\nd\n")
+    with pytest.raises(UserError, match=r"data\.labeled_list .*names b, which .*no label"):
+        data.partition(config, dataset, 0)
+    config = lists_config(tmp_path, b"a\n", b"c\nd\n")
+    assert data.partition(config, dataset, 0) == (("a",), ("c", "d"))
+
+
+@pytest.fixture(scope="module")
+def published_lists():
+    """The folder of published lists, which the project does not ship."""
+    beside_checkout = Path(__file__).parents[2] / "shared" / "splits"
+    root = Path(os.environ.get("CSC_SPLITS_ROOT", beside_checkout))
+    if not root.is_dir():
+        pytest.skip(f"no published lists at {root}: set CSC_SPLITS_ROOT to their folder")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folder", "labeled", "unlabeled"),
+    [
+        ("cityscapes/186", 186, 2789),
+        ("cityscapes/372", 372, 2603),
+        ("pascal/662", 662, 9920),
+        ("pascal/1323", 1323, 9259),
+    ],
+)
+def test_published_lists_are_read_as_they_are(
+    tmp_path, published_lists, folder, labeled, unlabeled
+):
+    lists = {half: published_lists / folder / f"{half}.txt" for half in ("labeled", "unlabeled")}
+    ids = sorted(i for path in lists.values() for i in path.read_text().split())
+    config = data_config(tmp_path).data
+    config.labeled_list, config.unlabeled_list = map(str, lists.values())
+    found = data.partition(config, counted_dataset(ids), 0)
+    assert (len(found.labeled), len(found.unlabeled)) == (labeled, unlabeled)
+    config.unlabeled_list = ""
+    assert sorted(data.partition(config, counted_dataset(ids), 0).unlabeled) == sorted(
+        found.unlabeled
+    )
