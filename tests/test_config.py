@@ -20,6 +20,7 @@ from csc_jax.errors import UserError
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 SYNTHETIC = f"--config={ROOT / 'configs' / 'synthetic.py'}"
+PREDICT = ("--mode=predict", "--workdir=x", "--images=x", "--out=x")
 
 
 def load_config(path: Path):
@@ -106,6 +107,10 @@ def test_lengths_are_resolved_into_steps():
         ([SYNTHETIC, "train"], "'train' is no flag"),
         (["--workdir=x"], "--config is missing"),
         (["--mode=evaluate", "--workdir=nowhere"], r"nowhere/config.json cannot be read"),
+        (
+            [SYNTHETIC, "--workdir=x", "--save_predictions=y"],
+            "--save_predictions goes with --mode=evaluate, not with --mode=train",
+        ),
     ],
 )
 def test_bad_command_lines_are_explained(arguments, message, capsys):
@@ -121,6 +126,10 @@ def test_bad_command_lines_are_explained(arguments, message, capsys):
     [
         ([SYNTHETIC, "--config.train.steps=many"], r"--config.train.steps=many.*'many'"),
         ([SYNTHETIC, "--config.data.flip=perhaps"], r"--config.data.flip=perhaps"),
+        (
+            [SYNTHETIC, "--config.eval.mode=center_crop", *PREDICT],
+            r"--mode=predict wants whole images",
+        ),
         (["--config=configs/missing.py", "--workdir=x"], r"missing\.py"),
     ],
 )

@@ -89,6 +89,21 @@ def test_large_pictures_of_several_sizes_fit_a_panel(tmp_path):
     assert sky == 0  # class 1 lies between 0 and 2, but ids are not averaged
 
 
+def test_rows_have_titles_above_them(tmp_path):
+    pictures = [np.zeros((192, 192), np.uint8), np.ones((192, 192), np.uint8)]
+    blank = [np.full((192, 192, 3), 255, np.uint8)] * 2
+    columns = {"teacher": pictures, "blank": blank, "blank too": blank}
+    visualize.save_panel(tmp_path / "plain.png", columns, PALETTE, NAMES)
+    titles = ["lindau: mIoU 12.3%", "ulm: mIoU 45.6%"]
+    visualize.save_panel(tmp_path / "titled.png", columns, PALETTE, NAMES, row_titles=titles)
+    plain, panel = read(tmp_path / "plain.png"), read(tmp_path / "titled.png")
+    assert panel.shape[0] == plain.shape[0] + 2 * 28
+    for color in PALETTE[:2]:
+        top, bottom, left, right = place_of(panel, color)
+        assert (bottom - top, right - left) == (192, 192)
+        assert (panel[top - 28 : top] < 128).all(axis=-1).any()  # a line of dark text
+
+
 def test_pictures_are_as_wide_as_a_long_header(tmp_path):
     header = "pseudo-label, hatched where M = 0"
     columns = {"image": [np.zeros((64, 64), np.uint8)], header: [np.ones((64, 64), np.uint8)]}
