@@ -58,7 +58,7 @@ def _train(
     run = describe(experiment)
     restored = checkpointer.restore(experiment.abstract_state())
     if restored is None:
-        state = experiment.compile_init()()
+        state = experiment.compile_init(experiment.load_pretrained())()
     else:
         state = restored.state
         iterator.set_state(restored.iterator)

@@ -16,7 +16,7 @@ from csc_jax.config import default_config
 from csc_jax.errors import UserError
 from csc_jax.models.deeplabv3plus import rates_at
 from csc_jax.models.layers import Conv, ConvNorm, convolve
-from csc_jax.models.resnet import BACKBONES, BasicBlock, ResNet, _max_pool
+from csc_jax.models.resnet import DEPTHS, BasicBlock, ResNet, _max_pool
 
 GOLDEN = Path(__file__).parent / "golden" / "network"
 
@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden" / "network"
 def tiny():
     """The smallest network with every head, on a backbone of one block a stage."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BACKBONES, "tiny", (BasicBlock, (1, 1, 1, 1)))
+        patch.setitem(DEPTHS, "tiny", (BasicBlock, (1, 1, 1, 1)))
         yield models.DeepLabV3Plus(
             num_classes=5,
             backbone="tiny",

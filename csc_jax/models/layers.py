@@ -12,10 +12,10 @@ _TAPS_BELOW = 0.45
 
 
 class Features(NamedTuple):
-    """What a backbone returns: feature maps (B, h, w, K) in the compute dtype, after a ReLU."""
+    """What a backbone returns: feature maps (B, h, w, K) in the compute dtype."""
 
     low: jax.Array  # stride 4 (layer1 of a ResNet): edges for the decoder
-    middle: jax.Array  # the stage before the last (layer3): input of the auxiliary head
+    middle: jax.Array  # before the last stride (layer3): input of the auxiliary head
     deep: jax.Array  # last stage (layer4), at the output stride: input of ASPP
 
 
