@@ -5,6 +5,10 @@ a restart would take for a checkpoint.
 """
 
 import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,17 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from csc_jax.errors import UserError
 from csc_jax.state import TrainState
 
+log = logging.getLogger("csc_jax")
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """What a checkpoint holds."""
 
     state: TrainState
-    iterator: dict[str, Any]  # Grain's get_state() before the next batch
+    loop: dict[str, Any]  # what the host loop needs to go on, as JSON holds it
+    probe: jax.Array | None  # the probe's features, see `save`
+    run: dict[str, Any]  # what the run says of itself: config, class names, palette
 
 
 class Checkpointer:
@@ -31,6 +39,7 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: Path, keep: int = 2, *, read_only: bool = False):
+        self._read_only = read_only
         directory = Path(workdir).absolute() / "checkpoints"
         self.directory = directory
         policy = AnyPreservationPolicy(
@@ -62,7 +71,8 @@ class Checkpointer:
                 # Named here so that a new process can read shapes without having saved first.
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
-                    "iterator": ocp.JsonCheckpointHandler(),
+                    "loop": ocp.JsonCheckpointHandler(),
+                    "probe": ocp.ArrayCheckpointHandler(),
                     "run": ocp.JsonCheckpointHandler(),
                 },
             )
@@ -82,48 +92,94 @@ class Checkpointer:
         self,
         step: int,
         state: TrainState,
-        iterator: dict[str, Any],
+        loop: dict[str, Any],
         run: dict[str, Any],
         miou: float | None,
+        probe: jax.Array | None = None,
     ) -> None:
         """Starts writing; returns once the arrays have left the device.
 
         Args:
           step: optimizer steps done.
           state: the state after them.
-          iterator: `get_state()` of the data iterator, taken before the next batch is drawn.
+          loop: of the host loop, as JSON holds it: the data iterator before the next batch is
+            drawn, and metrics not yet averaged.
           run: what the run is, as JSON holds it (`train.describe`).
           miou: of this very state, in [0, 1], by which the best one is kept; None where it was
             not evaluated.
+          probe: features that the next value of Cons is to be compared with, if there are any that
+            a restart could not compute from the state.
         """
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            iterator=ocp.args.JsonSave(iterator),
-            run=ocp.args.JsonSave(run),
-        )
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "loop": ocp.args.JsonSave(loop),
+            "run": ocp.args.JsonSave(run),
+        }
+        if probe is not None:
+            items["probe"] = ocp.args.ArraySave(probe)
+        arguments = ocp.args.Composite(**items)
         metrics = None if miou is None else {"miou": miou}
         self._manager.save(step, args=arguments, metrics=metrics)
 
-    def restore(self, like: TrainState, which: str = "latest") -> Restored | None:
+    def restore(
+        self,
+        like: TrainState,
+        which: str = "latest",
+        check: Callable[[dict[str, Any]], None] = lambda run: None,
+    ) -> Restored | None:
         """Returns a checkpoint, or None where there is none yet.
+
+        A damaged checkpoint is put aside, with a warning, for the newest one before it.
 
         Args:
           like: a state of the shapes, dtypes and shardings to restore to; ShapeDtypeStructs do.
           which: "latest", "best" or the number of a step.
+          check: raises UserError for what a checkpoint says of itself, before it is read.
 
         Raises:
-          UserError: no such step, or the checkpoint holds arrays of other shapes.
+          UserError: no such step, the checkpoint holds arrays of other shapes, or all are damaged.
         """
         step = self._step(which)
         if step is None:
             return None
-        self._check_shapes(step, like)
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like),
-            iterator=ocp.args.JsonRestore(),
+        candidates = [step]
+        if which == "latest":
+            candidates = sorted(self._manager.all_steps(), reverse=True)
+        for step in candidates:
+            try:
+                return self._restore(step, like, check)
+            except UserError:
+                raise
+            # Orbax, TensorStore and the JSON reader each have exceptions of their own.
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0][:200]
+                log.warning("The checkpoint of step %d cannot be read (%s)", step, reason)
+                if not self._read_only:
+                    self._put_aside(step)
+        raise UserError(
+            f"No checkpoint in {self.directory} can be read. Restore the folder from a copy, or "
+            "choose another --workdir to start anew."
         )
-        restored = self._manager.restore(step, args=arguments)
-        return Restored(restored["state"], restored["iterator"])
+
+    def _put_aside(self, step: int) -> None:
+        damaged = self.directory.parent / "damaged_checkpoints"
+        damaged.mkdir(exist_ok=True)
+        shutil.move(self.directory / str(step), damaged / f"{step}_{time.time_ns()}")
+        self._manager.reload()
+        log.warning("It lies in %s now; the run goes on from the one before", damaged)
+
+    def _restore(
+        self, step: int, like: TrainState, check: Callable[[dict[str, Any]], None]
+    ) -> Restored:
+        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+        check(run["run"])
+        self._check_shapes(step, like)
+        items = {"state": ocp.args.StandardRestore(like), "loop": ocp.args.JsonRestore()}
+        if (self.directory / str(step) / "probe").is_dir():
+            items["probe"] = ocp.args.ArrayRestore()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        probe = restored["probe"] if "probe" in items else None
+        return Restored(restored["state"], restored["loop"], probe, run["run"])
 
     def describe(self, which: str = "latest") -> dict[str, Any]:
         """Returns what the run says of itself in a checkpoint: config, class names, palette.
@@ -137,9 +193,21 @@ class Checkpointer:
         arguments = ocp.args.Composite(run=ocp.args.JsonRestore())
         return self._manager.restore(step, args=arguments)["run"]
 
+    def latest_step(self, which: str = "latest") -> int | None:
+        """Returns the step of a checkpoint, `which` as in `restore`; None where there is none."""
+        return self._step(which)
+
+    def delete(self, step: int) -> None:
+        """Removes a checkpoint, to be saved anew."""
+        self._manager.delete(step)
+
+    def wait(self) -> None:
+        """Returns when the writes under way are done."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for writes under way."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
     def _step(self, which: str) -> int | None:

@@ -127,6 +127,7 @@ def default_config() -> ConfigDict:
     c.optimizer.weight_decay = 1e-4  # every parameter (decisions.md 24); adamw decouples it
     c.optimizer.power = 0.9  # of the polynomial decay, per iteration (decisions.md 24)
     c.optimizer.warmup = 0  # steps of linear warm-up from 0
+    c.optimizer.clip_norm = 0.0  # largest norm of a network's gradient; 0 = never clipped
 
     c.train = ConfigDict()
     c.train.steps = 0  # optimizer steps; 0 = take train.epochs instead
@@ -135,6 +136,7 @@ def default_config() -> ConfigDict:
     c.train.eval_every = 100  # steps between evaluations; 0 = only at the end
     c.train.panels = 4  # val images drawn into W/plots at each evaluation
     c.train.consistency_lag = 50  # T of Eq. 7, steps between the two feature maps of Cons
+    c.train.max_rejected = 10  # steps in a row without finite loss and gradient that end a run
 
     c.eval = ConfigDict()
     c.eval.split = "val"  # split that is scored
@@ -148,9 +150,11 @@ def default_config() -> ConfigDict:
 
     c.parallel = ConfigDict()
     c.parallel.devices = 0  # devices in the mesh; 0 = all that JAX sees
+    c.parallel.fsdp = 1  # devices that share one copy of networks and optimizer state; 1 = none do
 
     c.debug = ConfigDict()
     c.debug.compilation_cache = True  # keep compiled programs in ~/.cache/csc_jax/xla between runs
+    c.debug.nans = False  # jax's own checker: stops in the operation that makes a NaN; slow
     c.wandb = False  # also log to Weights & Biases; needs the package wandb
     return c
 
@@ -211,15 +215,18 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, math.inf),
     "optimizer.warmup": (0, math.inf),
+    "optimizer.clip_norm": (0, math.inf),
     "train.steps": (0, math.inf),
     "train.epochs": (0, math.inf),
     "train.log_every": (1, math.inf),
     "train.eval_every": (0, math.inf),
     "train.panels": (0, math.inf),
     "train.consistency_lag": (1, math.inf),
+    "train.max_rejected": (1, math.inf),
     "checkpoint.every": (0, math.inf),
     "checkpoint.keep": (1, math.inf),
     "parallel.devices": (0, math.inf),
+    "parallel.fsdp": (1, math.inf),
 }
 
 # Fields that hold one number for each of a fixed set of axes.
@@ -267,6 +274,41 @@ def validate(config: ConfigDict) -> None:
             f"optimizer.warmup is {config.optimizer.warmup} steps, more than the "
             f"{config.train.steps} of train.steps."
         )
+
+
+# What may change from one part of a run to the next: none of it alters the state.
+_MAY_CHANGE = (
+    *("data.root", "data.cache_dir", "data.threads", "data.prefetch", "data.workers"),
+    *("batch.eval", "train.steps", "train.log_every", "train.eval_every", "train.panels"),
+    *("train.max_rejected", "eval.", "checkpoint.", "parallel.", "debug.", "wandb"),
+)
+
+
+def check_resumed(stored: dict[str, Any], config: ConfigDict) -> list[str]:
+    """Compares the config of a checkpoint with the one that is to continue it.
+
+    Args:
+      stored: `to_plain` of the resolved config in the checkpoint.
+      config: resolved.
+
+    Returns:
+      One line for each field that differs and may.
+
+    Raises:
+      UserError: fields differ that make it another run; it names each with both values.
+    """
+    now = to_plain(config)
+    before = to_plain(default_config()) | stored  # a version before may have had fewer fields
+    changed = [name for name in now if now[name] != before[name]]
+    lines = {name: f"{name}: {before[name]} before, {now[name]} now" for name in changed}
+    refused = [name for name in changed if not name.startswith(_MAY_CHANGE)]
+    if refused:
+        raise UserError(
+            f"The work directory holds a run of another config: "
+            f"{'; '.join(lines[name] for name in refused)}. Give these fields their old values to "
+            "continue it, or choose another --workdir."
+        )
+    return list(lines.values())
 
 
 def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:

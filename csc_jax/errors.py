@@ -1,9 +1,19 @@
-"""The one exception that a user is meant to read."""
+"""How a run ends other than well: what the user can do something about, and what stopped it."""
 
 
 class UserError(Exception):
-    """Bad input from outside: a file, a config field, a command line.
+    """Something the user can put right; the message names the file or field and the way out."""
 
-    The message is one paragraph that names the file or field, the offending value and the way
-    out. `main` prints it without a traceback and exits with status 2.
-    """
+    exit_status = 2
+
+
+class Diverged(UserError):
+    """Loss or gradient was not finite for too many steps in a row."""
+
+    exit_status = 3
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a checkpoint; the same command continues it."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again

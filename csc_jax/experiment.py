@@ -60,10 +60,11 @@ class Experiment:
 
     def abstract_state(self) -> TrainState:
         """Returns the state's shapes and shardings, to restore a checkpoint into."""
-        replicated = sharding.replicated(self.mesh)
+        state = jax.eval_shape(self.compile_init())
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
-            jax.eval_shape(self.compile_init()),
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            state,
+            sharding.state_sharding(state, self.mesh),
         )
 
     def predict_image(self, network: Network, image: np.ndarray) -> np.ndarray:
@@ -93,7 +94,7 @@ def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray)
     model = models.build(config.model, num_classes, aux_head=config.loss.aux_weight > 0)
     task = methods.Task(config, model, num_classes, config.train.steps)
     method = methods.build(task)
-    mesh = sharding.make_mesh(config.parallel.devices)
+    mesh = sharding.make_mesh(config.parallel.devices, config.parallel.fsdp)
     sharding.check_batch_sizes(config, mesh)
 
     def logits(variables: dict[str, Any], images: jax.Array) -> jax.Array:

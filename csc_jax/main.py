@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from csc_jax import config as config_lib
 from csc_jax import stored_config
-from csc_jax.errors import UserError
+from csc_jax.errors import Interrupted, UserError
 from csc_jax.predict import predict_folder
 from csc_jax.score import load, score
 from csc_jax.train import train
@@ -41,14 +41,17 @@ _OUT = flags.DEFINE_string("out", None, "predict: folder for overlays and index 
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command and returns its exit status: 0, or 2 for bad input."""
+    """Runs one command and returns its exit status: 0, or that of the error (`errors.py`)."""
     log_to_terminal()
     try:
         parse(argv)
         dispatch()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_status
     return 0
 
 
@@ -77,6 +80,7 @@ def dispatch() -> None:
     workdir = Path(_required(_WORKDIR, "the folder of the run"))
     if config.debug.compilation_cache:
         use_compilation_cache()
+    jax.config.update("jax_debug_nans", config.debug.nans)
     if _MODE.value == "train":
         train(config, workdir)
     elif _MODE.value == "evaluate":

@@ -44,6 +44,8 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
         )
     rate = learning_rate_schedule(config, total_steps)
     parts = [direction, optax.scale_by_learning_rate(rate)]
+    if config.clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.head_multiplier != 1.0:
         parts.append(optax.masked(optax.scale(config.head_multiplier), _outside_backbone))
     return optax.chain(*parts)

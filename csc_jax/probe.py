@@ -37,14 +37,22 @@ class Probe:
     def measure(self, step: int, state: TrainState) -> float | None:
         """Returns Cons (Eq. 7) at every T-th step, T = `train.consistency_lag`; else None.
 
-        The features of T steps ago are recomputed from the state wherever a run starts or resumes
-        on a multiple of T, so that a resumed run records the same values.
+        A run that starts or resumes on a multiple of T recomputes the features to compare with;
+        elsewhere it takes them from the checkpoint (`features_to_keep`, `resume`).
         """
         if not self._measured or step % self._lag:
             return None
         now = self._features(state.student, self._crops)
         then, self._then = self._then, now
         return None if then is None or now is None else float(self._consistency(now, then))
+
+    def features_to_keep(self, step: int) -> jax.Array | None:
+        """Returns what a checkpoint of this step must hold for a restart to go on measuring."""
+        return self._then if step % self._lag else None
+
+    def resume(self, features: jax.Array | None) -> None:
+        """Takes what `features_to_keep` gave."""
+        self._then = features
 
     def panel(self, state: TrainState) -> dict[str, list[np.ndarray]]:
         """Returns the columns of a panel: header -> one picture an image."""

@@ -26,7 +26,8 @@ class Network(struct.PyTreeNode):
 class TrainState(struct.PyTreeNode):
     """The state of a run; `tx` and `apply_fn` live outside it, so that it is arrays only."""
 
-    step: Array  # () int32, optimizer steps done
+    step: Array  # () int32, batches seen
+    rejected: Array  # () int32, of the newest steps, how many in a row were not finite
     student: Network
     teacher: Network  # EMA of the student (decisions.md 19)
     companions: dict[str, Network]  # further trained networks of a method, {} for most

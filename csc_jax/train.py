@@ -15,8 +15,11 @@ from ml_collections import ConfigDict
 from csc_jax import config as config_lib
 from csc_jax import data, visualize
 from csc_jax.checkpoint import Checkpointer
+from csc_jax.errors import Diverged, Interrupted
 from csc_jax.evaluation import Scores
 from csc_jax.experiment import Experiment, build, load_data
+from csc_jax.interrupt import StopRequest
+from csc_jax.lock import lock
 from csc_jax.probe import Probe
 from csc_jax.sharding import shard_batch
 from csc_jax.state import TrainState
@@ -30,10 +33,13 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     """Trains, or continues, the run in `workdir`, and returns its last scores.
 
     Order at each step: batch, step, record, evaluate, save. A checkpoint is saved before the next
-    batch is drawn, so that a restart continues with the very next one.
+    batch is drawn, so that a restart continues with the very next one, and everything comes out as
+    if there had been none.
 
     Raises:
       UserError: anything wrong with config, data or work directory, before the first compilation.
+      Diverged: too many steps in a row had no finite loss or gradient.
+      Interrupted: SIGTERM or SIGINT came; a checkpoint has been written.
     """
     dataset = load_data(config)
     partition = data.partition(config.data, dataset, config.seed)
@@ -42,8 +48,12 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     val = dataset.source(config.eval.split)
     experiment = build(config, dataset.class_names, dataset.palette)
 
-    with Checkpointer(workdir, config.checkpoint.keep) as checkpointer:
-        return _train(experiment, partition, iterator, val, checkpointer, workdir)
+    with (
+        lock(workdir),
+        StopRequest() as stop,
+        Checkpointer(workdir, config.checkpoint.keep) as checkpointer,
+    ):
+        return _train(experiment, partition, iterator, val, checkpointer, stop, workdir)
 
 
 def _train(
@@ -52,16 +62,19 @@ def _train(
     iterator: grain.DatasetIterator,
     val: data.Source,
     checkpointer: Checkpointer,
+    stop: StopRequest,
     workdir: Path,
 ) -> Scores:
     config, total = experiment.config, experiment.config.train.steps
     run = describe(experiment)
-    restored = checkpointer.restore(experiment.abstract_state())
+    restored = checkpointer.restore(
+        experiment.abstract_state(), check=lambda stored: _check_resumed(stored, config)
+    )
     if restored is None:
         state = experiment.compile_init(experiment.load_pretrained())()
     else:
         state = restored.state
-        iterator.set_state(restored.iterator)
+        iterator.set_state(restored.loop["iterator"])
     start = int(state.step)
     data.write_partition(partition, workdir)
     (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
@@ -82,30 +95,52 @@ def _train(
 
     step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh)
     probe = Probe(experiment, val)
+    if restored is not None:
+        probe.resume(restored.probe)
     probe.measure(start, state)
     scores: Scores | None = None
     wandb = run["config"] if config.wandb else None
     with MetricWriter(workdir, resume_step=start, wandb=wandb) as writer:
         progress = Progress(total, start)
         recorder = _Recorder(config, writer, progress, data.steps_per_epoch(config, partition))
-        for step in range(start + 1, total + 1):
-            batch = shard_batch(next(iterator), experiment.mesh)
-            state, metrics = step_fn(state, batch)
-            recorder.add(step, metrics)
-            if (cons := probe.measure(step, state)) is not None:
-                recorder.write(step, {"train/consistency": cons})
-            miou = None
-            evaluate_now = step % config.train.eval_every == 0 or step == total
-            save_now = step % config.checkpoint.every == 0 or step == total
-            if evaluate_now or save_now:
+        evaluation_due = False  # a run that was stopped before it could evaluate left that to us
+        if restored is not None:
+            recorder.resume(restored.loop["recorder"])
+            evaluation_due = restored.loop["evaluation_due"]
+        for step in range(start, total + 1):
+            if step > start:
+                batch = shard_batch(next(iterator), experiment.mesh)
+                state, metrics = step_fn(state, batch)
+                recorder.add(step, metrics)
+                if (cons := probe.measure(step, state)) is not None:
+                    recorder.write(step, {"train/consistency": cons})
+                evaluation_due = step % config.train.eval_every == 0 or step == total
+            save_now = step > start and (step % config.checkpoint.every == 0 or step == total)
+            stopping, miou = stop.reached(step), None
+            if evaluation_due or save_now or stopping:
                 recorder.flush()
-            if evaluate_now:
+            if evaluation_due and not stopping:
+                if step == start:  # saved without its score, which decides whether it is the best
+                    checkpointer.delete(step)
+                    save_now = True
                 scores = evaluate_and_draw(experiment, state, val, step, probe, writer, workdir)
-                miou = scores.miou
+                miou, evaluation_due = scores.miou, False
                 progress.evaluated(step, miou)
                 recorder.restart_clock()
-            if save_now:
-                checkpointer.save(step, state, iterator.get_state(), run, miou)
+            if save_now or (stopping and step > start):
+                loop = {
+                    "iterator": iterator.get_state(),
+                    "recorder": recorder.state(),
+                    "evaluation_due": evaluation_due,
+                }
+                features = probe.features_to_keep(step)
+                checkpointer.save(step, state, loop, run, miou, features)
+            if stopping:
+                checkpointer.wait()
+                raise Interrupted(
+                    f"Stopped by {stop.name} after step {step} of {total}, with a checkpoint; the "
+                    "same command continues from there."
+                )
         progress.close()
     if scores is None:  # nothing was left to do
         scores = experiment.evaluate(getattr(state, config.eval.network), val)
@@ -171,6 +206,11 @@ def describe(experiment: Experiment) -> dict[str, Any]:
     }
 
 
+def _check_resumed(stored: dict[str, Any], config: ConfigDict) -> None:
+    for line in config_lib.check_resumed(stored["config"], config):
+        log.info("changed since the checkpoint: %s", line)
+
+
 class _Recorder:
     """Averages the metrics of `log_every` steps and watches the memory bank.
 
@@ -186,6 +226,7 @@ class _Recorder:
         self._writer = writer
         self._progress = progress
         self._bank = _BankWatch(steps_per_epoch)
+        self._max_rejected = config.train.max_rejected
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._window: list[dict[str, float]] = []
         self.restart_clock()
@@ -200,8 +241,21 @@ class _Recorder:
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Fetches what is held back."""
+        """Fetches what is held back.
+
+        Raises:
+          Diverged: too many steps in a row were rejected.
+        """
         self._fetch()
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps, as JSON holds it; nothing may be held back."""
+        return {"window": self._window, "bank": self._bank.state()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Takes what `state` gave."""
+        self._window = state["window"]
+        self._bank.resume(state["bank"])
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records values that are not averaged."""
@@ -214,6 +268,10 @@ class _Recorder:
         self._pending = None
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
         self._bank.watch(step, metrics)
+        if metrics["rejected"] >= self._max_rejected:
+            raise Diverged(_why(step, metrics))
+        if metrics["rejected"]:
+            log.warning("step %d is not finite and was left out", step)
         self._window.append(metrics)
         if step % self._every:
             return
@@ -233,6 +291,13 @@ class _BankWatch:
         self._ready = False
         self._asked = 0
         self._accepted = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"ready": self._ready, "asked": self._asked, "accepted": self._accepted}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self._ready, self._asked = state["ready"], state["asked"]
+        self._accepted = state["accepted"]
 
     def watch(self, step: int, metrics: dict[str, float]) -> None:
         if metrics.get("ready") == 1.0 and not self._ready:
@@ -259,6 +324,21 @@ def _mean(window: list[dict[str, float]], name: str) -> float:
     values = np.array([metrics[name] for metrics in window])
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else math.nan
+
+
+def _why(step: int, metrics: dict[str, float]) -> str:
+    """The report of a run that diverged."""
+    losses = {k: v for k, v in metrics.items() if k.startswith("loss")}
+    culprits = [name for name, value in losses.items() if not math.isfinite(value)]
+    what = f"{', '.join(culprits)} is not finite" if culprits else "a gradient is not finite"
+    shown = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+    return (
+        f"Step {step}: {what}, as in the {metrics['rejected']:.0f} steps up to it, none of which "
+        f"was learnt from ({shown}; norm of the gradient {metrics['gradient_norm']:g}, learning "
+        f"rate {metrics['learning_rate']:g}). The last checkpoint is kept. Lower "
+        "optimizer.learning_rate or set optimizer.clip_norm, in another --workdir; "
+        "--config.debug.nans=True finds the operation."
+    )
 
 
 def _devices(experiment: Experiment) -> str:

@@ -14,7 +14,7 @@ from csc_jax.methods import Method
 from csc_jax.methods.base import Batch
 from csc_jax.models.weights import overlay
 from csc_jax.optimizer import learning_rate_schedule
-from csc_jax.sharding import batch_sharding, replicated
+from csc_jax.sharding import batch_sharding, replicated, state_sharding
 from csc_jax.state import Network, TrainState, copy_network
 
 Metrics = dict[str, Array]
@@ -39,6 +39,7 @@ def init_state(
     trained = {"student": student.params} | {k: n.params for k, n in companions.items()}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        rejected=jnp.zeros((), jnp.int32),
         student=student,
         teacher=copy_network(student),
         companions=companions,
@@ -54,17 +55,33 @@ def train_step(
     """Returns the next state and metrics, each () float32.
 
     Every random choice is a function of (config.seed, state.step), so a resumed run repeats it.
+    Where the loss or a gradient is not finite, nothing is learnt from the batch: all but `step` and
+    `rejected` stays bit for bit as it was.
     """
     key = jax.random.fold_in(jax.random.key(method.task.config.seed), state.step)
     loss_key, update_key = jax.random.split(key)
     grad = jax.value_and_grad(method.loss, has_aux=True)
     (loss, outputs), gradients = grad(state.trained, state, batch, loss_key)
-    updates, opt_state = tx.update(gradients, state.opt_state, state.trained)
-    params = optax.apply_updates(state.trained, updates)
-    new_state = state.with_trained(params, outputs.batch_stats).replace(opt_state=opt_state)
-    new_state, update_metrics = method.update(new_state, outputs, update_key)
+    norm = optax.tree.norm(gradients)  # not finite if any gradient is not
+
+    def learn(state: TrainState) -> tuple[TrainState, Metrics]:
+        updates, opt_state = tx.update(gradients, state.opt_state, state.trained)
+        params = optax.apply_updates(state.trained, updates)
+        new_state = state.with_trained(params, outputs.batch_stats).replace(opt_state=opt_state)
+        new_state, update_metrics = method.update(new_state, outputs, update_key)
+        return new_state.replace(rejected=jnp.zeros_like(state.rejected)), update_metrics
+
+    def reject(state: TrainState) -> tuple[TrainState, Metrics]:
+        not_defined = jax.tree.map(
+            lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(learn, state)[1]
+        )
+        return state.replace(rejected=state.rejected + 1), not_defined
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    new_state, update_metrics = jax.lax.cond(finite, learn, reject, state)
     schedule = learning_rate_schedule(method.task.config.optimizer, method.task.total_steps)
-    metrics = {"loss": loss, "learning_rate": schedule(state.step)}
+    metrics = {"loss": loss, "learning_rate": schedule(state.step), "gradient_norm": norm}
+    metrics["rejected"] = new_state.rejected.astype(jnp.float32)
     metrics |= outputs.metrics | update_metrics
     return new_state.replace(step=state.step + 1), metrics
 
@@ -76,21 +93,24 @@ def compile_init(
     pretrained: dict[str, Any] | None = None,
 ) -> Callable[[], TrainState]:
     """Returns the jitted `init_state`: one program, so that no two leaves share a buffer."""
-    init = jax.jit(
-        lambda arrays: init_state(method, tx, method.task.config.seed, arrays),
-        out_shardings=replicated(mesh),
-    )
-    return partial(init, pretrained or {})
+    arrays = pretrained or {}
+
+    def init(arrays: dict[str, Any]) -> TrainState:
+        return init_state(method, tx, method.task.config.seed, arrays)
+
+    # The arrays are an argument, as they would be constants of the program otherwise.
+    places = state_sharding(jax.eval_shape(init, arrays), mesh)
+    return partial(jax.jit(init, out_shardings=places), arrays)
 
 
 def compile_step(
     method: Method, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the jitted step: batch split along "data", state replicated and donated."""
-    everywhere = replicated(mesh)
+    """Returns the jitted step: batch split over the mesh, state as `state_sharding`, donated."""
+    state = state_sharding(jax.eval_shape(compile_init(method, tx, mesh)), mesh)
     return jax.jit(
         lambda state, batch: train_step(method, tx, state, batch),
-        in_shardings=(everywhere, batch_sharding(mesh)),
-        out_shardings=everywhere,
+        in_shardings=(state, batch_sharding(mesh)),
+        out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
     )

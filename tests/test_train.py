@@ -121,7 +121,7 @@ def test_a_run_cut_off_continues_with_the_very_next_batch(whole, folder, monkeyp
     expected, found = final_state(config, reference), final_state(config, workdir)
     for a, b in zip(jax.tree.leaves(expected.state), jax.tree.leaves(found.state), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert expected.iterator == found.iterator
+    assert expected.loop == found.loop
     assert records(workdir) == records(reference)
 
 
@@ -137,8 +137,10 @@ def test_a_checkpoint_of_another_model_is_refused(whole):
     config, workdir, _ = whole
     other = config.copy_and_resolve_references()
     other.model.decoder_width = 12
-    with pytest.raises(UserError, match=r"does not fit this config.*in the checkpoint"):
+    with pytest.raises(UserError, match=r"another config: model.decoder_width: 8 before, 12 now"):
         train(other, workdir)
+    with pytest.raises(UserError, match=r"does not fit this config.*in the checkpoint"):
+        score(other, workdir, "latest")
 
 
 def test_a_checkpoint_of_another_class_count_is_refused(whole, tmp_path):

@@ -32,15 +32,25 @@ def csc_run():
     return run(tiny_config(train__steps=30, contrast__weight=0.1), 1, 30)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_one_and_four_devices_agree(method, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "fsdp"), [*((method, 1) for method in METHODS), ("csc", 2)], ids=str
+)
+def test_one_and_four_devices_agree(method, fsdp, monkeypatch):
     # ReLU's derivative jumps: a unit that rounding lifts over zero moves its channel's gradient by
     # percents. A smooth one in its place leaves rounding errors alone to be compared.
     monkeypatch.setattr(nn, "relu", nn.silu)
     # Plain SGD: Adam divides by the root of a mean square, which blows rounding errors of near-zero
     # gradients up to full steps.
     config = tiny_config(method__name=method, optimizer__name="sgd", optimizer__learning_rate=1e-3)
-    one, four = Harness(config, 1), Harness(config, 4)
+    one, four = Harness(config, 1), Harness(config, 4, fsdp)
+    if fsdp > 1:
+        placed = four.init()
+        shares = [
+            leaf.sharding.shard_shape(leaf.shape) != leaf.shape
+            for leaf in jax.tree.leaves((placed.student, placed.teacher, placed.opt_state))
+        ]
+        assert sum(shares) > 20
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed.bank))
     state = one.init()
     for i in range(3):  # with csc, the bank is ready by then, so that L_c and both gates take part
         state, _ = one.step(state, one.batch(i))
