@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from csc_jax.models.depthwise import convolve_depthwise
-from csc_jax.models.layers import Features, convolve
+from csc_jax.models.layers import BatchNorm, Features, convolve
 
 
 class Stage(NamedTuple):
@@ -125,7 +125,5 @@ class ConvNormRelu6(nn.Module):
         else:
             strides, numbers = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
             x = jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=numbers)
-        x = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-3, dtype=self.dtype, name="bn"
-        )(x)
+        x = BatchNorm(epsilon=1e-3, dtype=self.dtype, name="bn")(x, train)
         return nn.relu6(x) if self.relu else x

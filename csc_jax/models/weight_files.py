@@ -114,7 +114,8 @@ def read_weights(path: Path, keys: Sequence[str] = TEACHER) -> StateDict:
         content = _read_torch(path)
     except (SafetensorError, zipfile.BadZipFile, struct.error, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged or no file of weights: {error}.") from error
-    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
+    # RuntimeError is what PyTorch raises for a damaged archive.
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a file of weights: {error!r}.") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict.")
@@ -245,13 +246,8 @@ _DISCARDED = (
 class _Unpickler(pickle.Unpickler):
     """Admits dictionaries, lists, numbers, strings and tensors, and nothing else."""
 
-    def __init__(
-        self,
-        file: Any,
-        storage: Callable[[str, np.dtype, int], np.ndarray],
-        encoding: str = "utf-8",
-    ):
-        super().__init__(file, encoding=encoding)
+    def __init__(self, file: Any, storage: Callable[[str, np.dtype, int], np.ndarray]):
+        super().__init__(file)
         self._storage = storage
 
     def find_class(self, module: str, name: str) -> Any:

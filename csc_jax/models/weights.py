@@ -206,10 +206,7 @@ def load_pretrained(source: str, variables: Mapping[str, Any]) -> dict[str, Any]
       UserError: no such file, or weights that do not fit the network.
     """
     path = locate(source)
-    state = {k.removeprefix("module."): v for k, v in read_weights(path).items()}
-    for head, prefix in _HEADS.items():
-        if head not in variables["params"]:
-            state = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    state = drop_absent_heads(read_weights(path), variables)
     try:
         converted = convert_torch_state_dict(state, variables)
     except UserError as error:
@@ -218,6 +215,18 @@ def load_pretrained(source: str, variables: Mapping[str, Any]) -> dict[str, Any]
     taken = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
     log.info("%d of %d arrays of the network come from %s", len(taken), len(leaves), path.name)
     return unflatten_dict(taken)
+
+
+def drop_absent_heads(
+    state_dict: Mapping[str, Any], variables: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns a state dict without the projection or auxiliary head that the network lacks."""
+    prefixes = tuple(p for head, p in _HEADS.items() if head not in variables["params"])
+    return {
+        name: value
+        for name, value in state_dict.items()
+        if not name.removeprefix("module.").startswith(prefixes)
+    }
 
 
 def overlay(variables: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
