@@ -152,7 +152,7 @@ class Checkpointer:
                 raise
             # Orbax, TensorStore and the JSON reader each have exceptions of their own.
             except Exception as error:
-                reason = str(error).strip().splitlines()[0][:200]
+                reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
                 log.warning("The checkpoint of step %d cannot be read (%s)", step, reason)
                 if not self._read_only:
                     self._put_aside(step)
@@ -227,7 +227,7 @@ class Checkpointer:
         """Raises UserError that names the first arrays in which checkpoint and `like` differ."""
         saved = self._manager.item_metadata(step)["state"].tree
         saved_shapes = _shapes(saved)
-        wanted_shapes = _shapes(ocp.utils.serialize_tree(like, keep_empty_nodes=False))
+        wanted_shapes = _shapes(ocp.utils.serialize_tree(like, keep_empty_nodes=True))
         differences = [
             f"{name}: {saved_shapes.get(name, 'absent')} in the checkpoint, "
             f"{wanted_shapes.get(name, 'absent')} in this config"
