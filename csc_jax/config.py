@@ -60,15 +60,16 @@ def default_config() -> ConfigDict:
     c.batch.eval = 8  # images a step in evaluation, all devices together
 
     c.model = ConfigDict()
-    c.model.backbone = "resnet18"  # resnet18 | resnet34 | resnet50 | resnet101
-    c.model.stem = "deep"  # deep (three 3x3, lineage) | 7x7 (torchvision)
-    c.model.width = 64  # channels of the backbone's first stage
+    c.model.backbone = "resnet18"  # resnet18 | resnet34 | resnet50 | resnet101 | efficientnet_lite0
+    c.model.pretrained = "none"  # none | FILE | hf:OWNER/REPO/FILE | pip:efficientnet-lite0
+    c.model.stem = "deep"  # ResNets: deep (three 3x3, lineage) | 7x7 (torchvision)
+    c.model.width = 64  # ResNets: channels of the first stage
     c.model.output_stride = 8  # 8 (lineage) | 16 | 32
     c.model.multi_grid = (
         2,
         2,
         4,
-    )  # dilation multipliers of the last stage's blocks (lineage); () = off
+    )  # ResNets: dilation multipliers of the last stage's blocks (lineage); () = off
     c.model.aspp_rates = (12, 24, 36)  # dilations at output stride 8 (lineage)
     c.model.decoder_width = 256  # channels of each ASPP branch and of both heads (lineage)
     c.model.projection_dim = 256  # D, width of a pixel's contrastive feature (paper, Sec. III-B)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
 from csc_jax import data, evaluation, methods, models, sharding
+from csc_jax.models.weights import load_pretrained
 from csc_jax.optimizer import combine
 from csc_jax.state import Network, TrainState
 from csc_jax.train_step import compile_init
@@ -34,9 +35,28 @@ class Experiment:
         """C."""
         return len(self.class_names)
 
-    def compile_init(self) -> Callable[[], TrainState]:
-        """Returns the jitted function that makes the state before step 0."""
-        return compile_init(self.method, self.tx, self.mesh)
+    def load_pretrained(self) -> dict[str, Any]:
+        """Returns the arrays that `config.model.pretrained` has for a network; {} for "none".
+
+        Raises:
+          UserError: no such file, or weights of another network.
+        """
+        source = self.config.model.pretrained
+        if source == "none":
+            return {}
+        network = jax.eval_shape(
+            lambda key: self.method.task.init_network(key, projection=self.method.projection),
+            jax.random.key(0),
+        )
+        return load_pretrained(source, network.variables)
+
+    def compile_init(self, pretrained: dict[str, Any] | None = None) -> Callable[[], TrainState]:
+        """Returns the jitted function that makes the state before step 0.
+
+        Args:
+          pretrained: what `load_pretrained` returned; None draws every weight.
+        """
+        return compile_init(self.method, self.tx, self.mesh, pretrained)
 
     def abstract_state(self) -> TrainState:
         """Returns the state's shapes and shardings, to restore a checkpoint into."""

@@ -73,7 +73,7 @@ def _train(
         experiment.abstract_state(), check=lambda stored: _check_resumed(stored, config)
     )
     if restored is None:
-        state = experiment.compile_init()()
+        state = experiment.compile_init(experiment.load_pretrained())()
     else:
         state = restored.state
         iterator.set_state(restored.loop["iterator"])

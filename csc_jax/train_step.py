@@ -1,6 +1,8 @@
 """One optimizer step: a pure function of (state, batch), the same for every method."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +12,30 @@ from jax.sharding import Mesh
 
 from csc_jax.methods import Method
 from csc_jax.methods.base import Batch
+from csc_jax.models.weights import overlay
 from csc_jax.optimizer import learning_rate_schedule
 from csc_jax.sharding import batch_sharding, replicated, state_sharding
-from csc_jax.state import TrainState, copy_network
+from csc_jax.state import Network, TrainState, copy_network
 
 Metrics = dict[str, Array]
 
 
-def init_state(method: Method, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """Returns the state before step 0; student and teacher start equal, in buffers of their own."""
+def init_state(
+    method: Method, tx: optax.GradientTransformation, seed: int, pretrained: dict[str, Any]
+) -> TrainState:
+    """Returns the state before step 0; student and teacher start equal, in buffers of their own.
+
+    Every network, companions too, takes those arrays of {"params", "batch_stats"} from
+    `pretrained` that it has a place for; {} leaves them as drawn.
+    """
+
+    def start(network: Network) -> Network:
+        variables = overlay(network.variables, pretrained)
+        return Network(variables["params"], variables["batch_stats"])
+
     student_key, companion_key = jax.random.split(jax.random.key(seed))
-    student = method.task.init_network(student_key, projection=method.projection)
-    companions = method.init_companions(companion_key)
+    student = start(method.task.init_network(student_key, projection=method.projection))
+    companions = {k: start(n) for k, n in method.init_companions(companion_key).items()}
     trained = {"student": student.params} | {k: n.params for k, n in companions.items()}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -73,14 +87,20 @@ def train_step(
 
 
 def compile_init(
-    method: Method, tx: optax.GradientTransformation, mesh: Mesh
+    method: Method,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    pretrained: dict[str, Any] | None = None,
 ) -> Callable[[], TrainState]:
     """Returns the jitted `init_state`: one program, so that no two leaves share a buffer."""
+    arrays = pretrained or {}
 
-    def init() -> TrainState:
-        return init_state(method, tx, method.task.config.seed)
+    def init(arrays: dict[str, Any]) -> TrainState:
+        return init_state(method, tx, method.task.config.seed, arrays)
 
-    return jax.jit(init, out_shardings=state_sharding(jax.eval_shape(init), mesh))
+    # The arrays are an argument, as they would be constants of the program otherwise.
+    places = state_sharding(jax.eval_shape(init, arrays), mesh)
+    return partial(jax.jit(init, out_shardings=places), arrays)
 
 
 def compile_step(

@@ -49,8 +49,8 @@ def test_exactly_one_pin_applies_here_and_is_installed():
 
 def test_every_imported_package_is_declared():
     provided_by = metadata.packages_distributions()
-    ranges = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["wandb"]
-    declared = {canonicalize_name(Requirement(text).name) for text in ranges}
+    ranges = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    declared = {canonicalize_name(Requirement(text).name) for texts in ranges for text in texts}
     for path in (ROOT / "csc_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

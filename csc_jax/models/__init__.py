@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from csc_jax.errors import UserError
+from csc_jax.models import backbones
 from csc_jax.models.deeplabv3plus import DeepLabV3Plus, Outputs
 from csc_jax.models.initialize import initialize
 from csc_jax.models.resize import resize_aligned
-from csc_jax.models.resnet import BACKBONES, STEMS
+from csc_jax.models.resnet import DEPTHS, STEMS
 
 __all__ = ["DeepLabV3Plus", "Outputs", "build", "count_parameters", "initialize", "resize_aligned"]
 
@@ -29,18 +30,19 @@ def build(config: ConfigDict, num_classes: int, aux_head: bool) -> DeepLabV3Plus
     Raises:
       UserError: no such backbone, stem or output stride, or dilations that do not fit it.
     """
-    _check_choice("backbone", config.backbone, tuple(BACKBONES))
+    _check_choice("backbone", config.backbone, backbones.names())
     _check_choice("stem", config.stem, STEMS)
     _check_choice("output_stride", config.output_stride, (8, 16, 32))
     for field in ("multi_grid", "aspp_rates"):
         if any(dilation < 1 for dilation in config[field]):
             raise UserError(f"model.{field} is {config[field]}; a dilation is at least 1.")
-    blocks = BACKBONES[config.backbone][1][-1]
-    if config.multi_grid and len(config.multi_grid) < blocks:
-        raise UserError(
-            f"model.multi_grid is {config.multi_grid}, but the last stage of {config.backbone} has "
-            f"{blocks} blocks; give as many numbers, or () for none."
-        )
+    if config.backbone in DEPTHS and config.multi_grid:
+        blocks = DEPTHS[config.backbone][1][-1]
+        if len(config.multi_grid) < blocks:
+            raise UserError(
+                f"model.multi_grid is {config.multi_grid}, but the last stage of "
+                f"{config.backbone} has {blocks} blocks; give as many numbers, or () for none."
+            )
     return DeepLabV3Plus(
         num_classes=num_classes,
         backbone=config.backbone,

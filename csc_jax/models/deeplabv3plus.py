@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from csc_jax.models.backbones import make_backbone
 from csc_jax.models.layers import Conv, ConvNorm
 from csc_jax.models.resize import resize_aligned
-from csc_jax.models.resnet import ResNet
 
 
 class Outputs(NamedTuple):
@@ -18,7 +18,7 @@ class Outputs(NamedTuple):
 
     logits: jax.Array  # (B, h, w, C)
     projection: jax.Array | None  # (B, h, w, D), not normalised; None where not asked for
-    aux: jax.Array | None  # (B, h', w', C) at the stride of layer3; None without that head
+    aux: jax.Array | None  # (B, h', w', C) at the stride of `middle`; None without that head
 
 
 class DeepLabV3Plus(nn.Module):
@@ -29,13 +29,13 @@ class DeepLabV3Plus(nn.Module):
     """
 
     num_classes: int
-    backbone: str = "resnet101"  # key of resnet.BACKBONES
-    stem: str = "deep"  # deep | 7x7
+    backbone: str = "resnet101"  # one of backbones.names()
+    stem: str = "deep"  # ResNets only: deep | 7x7
     output_stride: int = 8  # 8, 16 or 32
     projection_dim: int = 256
     aux_head: bool = False
-    width: int = 64  # channels of the backbone's first stage
-    multi_grid: tuple[int, ...] = (2, 2, 4)
+    width: int = 64  # ResNets only: channels of the first stage
+    multi_grid: tuple[int, ...] = (2, 2, 4)  # ResNets only
     aspp_rates: tuple[int, ...] = (12, 24, 36)  # at output stride 8; see `rates_at`
     decoder_width: int = 256
     dropout: float = 0.1
@@ -44,14 +44,13 @@ class DeepLabV3Plus(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, projection: bool = True) -> Outputs:
         """Runs the network; train=True needs a "dropout" key and mutable "batch_stats"."""
-        features = ResNet(
-            depth=self.backbone,
+        features = make_backbone(
+            self.backbone,
             stem=self.stem,
             width=self.width,
             output_stride=self.output_stride,
             multi_grid=self.multi_grid,
             dtype=self.dtype,
-            name="backbone",
         )(x, train)
 
         conv = partial(ConvNorm, self.decoder_width, dtype=self.dtype)

@@ -36,7 +36,8 @@ def initialize(network: nn.Module, key: jax.Array, *, projection: bool = True) -
     start = 0
     for path in kernels:
         height, width, inputs, outputs = shapes[path].shape
-        variance = 2 / outputs if path[1] == "backbone" else 1 / (3 * inputs)
+        fan_out = outputs if inputs > 1 else 1  # depthwise: a channel feeds one other
+        variance = 2 / fan_out if path[1] == "backbone" else 1 / (3 * inputs)
         end = start + shapes[path].size
         values = noise[start:end].reshape(shapes[path].shape)
         variables[path] = values * math.sqrt(variance / (height * width))

@@ -12,10 +12,10 @@ _TAPS_BELOW = 0.45
 
 
 class Features(NamedTuple):
-    """What a backbone returns: feature maps (B, h, w, K) in the compute dtype, after a ReLU."""
+    """What a backbone returns: feature maps (B, h, w, K) in the compute dtype."""
 
     low: jax.Array  # stride 4 (layer1 of a ResNet): edges for the decoder
-    middle: jax.Array  # the stage before the last (layer3): input of the auxiliary head
+    middle: jax.Array  # before the last stride (layer3): input of the auxiliary head
     deep: jax.Array  # last stage (layer4), at the output stride: input of ASPP
 
 
@@ -100,12 +100,32 @@ class Conv(nn.Module):
         return y
 
 
-class ConvNorm(nn.Module):
-    """Convolution, batch normalisation and, by default, ReLU; shapes as in `Conv`.
+class BatchNorm(nn.BatchNorm):
+    """PyTorch's BatchNorm2d: momentum 0.9 (0.1 in its sense) and an unbiased running variance.
 
-    BatchNorm has momentum 0.9 (PyTorch's 0.1) and epsilon 1e-5; its statistics are float32 and run
-    over the whole batch, all devices together.
+    Flax's running variance is the biased one, which is smaller by a factor of 1 - 1/n for n pixels
+    of a batch: nothing where n is 10,000, but half in the pooled branch of ASPP, where n is the
+    number of images, for two of them. Statistics are float32 and run over the whole batch, all
+    devices together.
     """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:  # type: ignore[override]
+        before: Any = self.get_variable("batch_stats", "var")
+        y = super().__call__(x, use_running_average=not train)
+        if train and not self.is_initializing():
+            n = x.size // x.shape[-1]
+            kept = self.momentum * before
+            added = self.get_variable("batch_stats", "var") - kept
+            self.put_variable("batch_stats", "var", kept + added * (n / max(n - 1, 1)))
+        return y
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch normalisation and, by default, ReLU; shapes as in `Conv`."""
 
     features: int
     kernel_size: int = 3
@@ -126,7 +146,5 @@ class ConvNorm(nn.Module):
             dtype=self.dtype,
             name="conv",
         )(x)
-        x = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="bn"
-        )(x)
+        x = BatchNorm(dtype=self.dtype, name="bn")(x, train)
         return nn.relu(x) if self.relu else x

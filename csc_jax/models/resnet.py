@@ -55,7 +55,7 @@ class Bottleneck(nn.Module):
         return nn.relu(x + y)
 
 
-BACKBONES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
     more: 25 for 96 and for 97 pixels. Sizes of 8 n + 1 fit aligned corners exactly.
     """
 
-    depth: str = "resnet101"  # key of BACKBONES
+    depth: str = "resnet101"  # key of DEPTHS
     stem: str = "deep"  # one of STEMS
     width: int = 64  # channels of the first stage
     output_stride: int = 8  # 8, 16 or 32
@@ -86,7 +86,7 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> Features:
         x = x.astype(self.dtype)
         x = self._deep_stem(x, train) if self.stem == "deep" else self._plain_stem(x, train)
-        block, depths = BACKBONES[self.depth]
+        block, depths = DEPTHS[self.depth]
         stages = []
         reached, dilation = 4, 1  # stride of the map and dilation so far
         for stage, depth in enumerate(depths, start=1):

@@ -1,0 +1,22 @@
+"""The backbones by name; a new one is one file with a module (x, train) -> Features, named here."""
+
+from typing import Any
+
+import flax.linen as nn
+
+from csc_jax.models.efficientnet_lite import EfficientNetLite0
+from csc_jax.models.resnet import DEPTHS, ResNet
+
+
+def names() -> tuple[str, ...]:
+    """Returns what `model.backbone` takes."""
+    return (*DEPTHS, "efficientnet_lite0")
+
+
+def make_backbone(
+    name: str, *, stem: str, width: int, output_stride: int, multi_grid: tuple[int, ...], dtype: Any
+) -> nn.Module:
+    """Returns the module called "backbone"; `stem`, `width` and `multi_grid` are for ResNets."""
+    if name == "efficientnet_lite0":
+        return EfficientNetLite0(output_stride, dtype, name="backbone")
+    return ResNet(name, stem, width, output_stride, multi_grid, dtype, name="backbone")

@@ -1,0 +1,254 @@
+"""Our networks against independent ones in PyTorch, with the same random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from torch.nn import functional  # noqa: E402
+
+from csc_jax import models  # noqa: E402
+from csc_jax.config import default_config  # noqa: E402
+from csc_jax.models.resnet import DEPTHS, Bottleneck, ResNet  # noqa: E402
+from csc_jax.models.weights import convert_torch_state_dict  # noqa: E402
+from csc_jax.optimizer import make_optimizer  # noqa: E402
+
+
+class TorchBlock(torch.nn.Module):
+    """A residual block under torchvision's names; the stride lies in the 3x3 of a bottleneck."""
+
+    def __init__(self, inputs, width, bottleneck, stride, first, dilation):
+        super().__init__()
+        kinds = [(width, 3, stride, first), (width, 3, 1, dilation)]
+        if bottleneck:
+            kinds = [(width, 1, 1, 1), (width, 3, stride, first), (4 * width, 1, 1, 1)]
+        channels = inputs
+        for i, (outputs, size, step, rate) in enumerate(kinds, start=1):
+            conv = torch.nn.Conv2d(
+                channels, outputs, size, step, rate * (size // 2), rate, bias=False
+            )
+            setattr(self, f"conv{i}", conv)
+            setattr(self, f"bn{i}", torch.nn.BatchNorm2d(outputs))
+            channels = outputs
+        self.count = len(kinds)
+        self.downsample = None
+        if stride > 1 or inputs != channels:
+            self.downsample = torch.nn.Sequential(
+                torch.nn.Conv2d(inputs, channels, 1, stride, bias=False),
+                torch.nn.BatchNorm2d(channels),
+            )
+
+    def forward(self, x):
+        y = x
+        for i in range(1, self.count + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            y = torch.relu(y) if i < self.count else y
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class TorchResNet(torch.nn.Module):
+    """Maps of all four stages; dilated by torchvision's rule, multi-grid as in the lineage."""
+
+    def __init__(self, depth, stem, width, output_stride, multi_grid):
+        super().__init__()
+        block, counts = DEPTHS[depth]
+        bottleneck = block is Bottleneck
+        if stem == "deep":
+            self.conv1 = torch.nn.Sequential(
+                torch.nn.Conv2d(3, width, 3, 2, 1, bias=False),
+                torch.nn.BatchNorm2d(width),
+                torch.nn.ReLU(),
+                torch.nn.Conv2d(width, width, 3, 1, 1, bias=False),
+                torch.nn.BatchNorm2d(width),
+                torch.nn.ReLU(),
+                torch.nn.Conv2d(width, 2 * width, 3, 1, 1, bias=False),
+            )
+        else:
+            self.conv1 = torch.nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        channels = 2 * width if stem == "deep" else width
+        self.bn1 = torch.nn.BatchNorm2d(channels)
+        self.pool = torch.nn.MaxPool2d(3, 2, 1, ceil_mode=stem == "deep")
+        reached, dilation = 4, 1
+        for stage, count in enumerate(counts, start=1):
+            previous, stride = dilation, 1
+            if stage > 1 and reached < output_stride:
+                stride, reached = 2, 2 * reached
+            elif stage > 1:
+                dilation *= 2
+            features = width * 2 ** (stage - 1)
+            blocks = []
+            for i in range(count):
+                grid = multi_grid[i] if stage == 4 and multi_grid else 1
+                first = (previous if i == 0 else dilation) * grid
+                blocks.append(
+                    TorchBlock(
+                        channels,
+                        features,
+                        bottleneck,
+                        stride if i == 0 else 1,
+                        first,
+                        dilation * grid,
+                    )
+                )
+                channels = features * (4 if bottleneck else 1)
+            setattr(self, f"layer{stage}", torch.nn.Sequential(*blocks))
+
+    def forward(self, x):
+        x = self.pool(torch.relu(self.bn1(self.conv1(x))))
+        maps = []
+        for stage in range(1, 5):
+            x = getattr(self, f"layer{stage}")(x)
+            maps.append(x)
+        return maps
+
+
+def torch_resnet(*arguments):
+    """A network whose statistics and scales differ from one and zero."""
+    torch.manual_seed(0)
+    network = TorchResNet(*arguments)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.6, 1.2)
+                module.bias.normal_(0, 0.1)
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.8, 1.2)
+    return network
+
+
+def to_jax(torch_network, network):
+    """The same weights for a backbone of ours."""
+    shapes = jax.eval_shape(
+        lambda x: network.init(jax.random.key(0), x, train=False), jnp.zeros((1, 64, 64, 3))
+    )
+    wrapped = {collection: {"backbone": tree} for collection, tree in shapes.items()}
+    state = {name: value.numpy().copy() for name, value in torch_network.state_dict().items()}
+    converted = convert_torch_state_dict(state, wrapped)
+    return {collection: tree["backbone"] for collection, tree in converted.items()}
+
+
+def channels_last(x):
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def image(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("depth", "stem", "output_stride", "multi_grid"),
+    [
+        ("resnet18", "7x7", 32, ()),
+        ("resnet18", "deep", 8, ()),
+        ("resnet34", "7x7", 16, ()),
+        ("resnet50", "deep", 8, (2, 2, 4)),
+        ("resnet101", "7x7", 16, (1, 2, 4)),
+    ],
+)
+def test_resnet_matches_pytorch_stage_by_stage(depth, stem, output_stride, multi_grid):
+    theirs = torch_resnet(depth, stem, 8, output_stride, multi_grid).eval()
+    ours = ResNet(depth, stem, 8, output_stride, multi_grid)
+    variables = to_jax(theirs, ours)
+    x = image(2, 33, 41, 3)
+    ends = {f"layer{s}_{n - 1}": s - 1 for s, n in enumerate(DEPTHS[depth][1], start=1)}
+
+    def run(variables, x):
+        return ours.apply(
+            variables,
+            x,
+            train=False,
+            capture_intermediates=lambda module, _: module.name in ends,
+            mutable=["intermediates"],
+        )
+
+    features, captured = jax.jit(run)(variables, x)
+    with torch.no_grad():
+        expected = [channels_last(m) for m in theirs(torch.tensor(x.transpose(0, 3, 1, 2)))]
+    for name, stage in ends.items():
+        (found,) = captured["intermediates"][name]["__call__"]
+        scale = np.abs(expected[stage]).max()
+        np.testing.assert_allclose(found, expected[stage], atol=1e-5 * scale)
+    for found, stage in zip(features, (0, 2, 3), strict=True):
+        assert found.shape == expected[stage].shape
+
+
+def test_one_sgd_step_matches_pytorch():
+    theirs = torch_resnet("resnet18", "7x7", 16, 8, ()).train()
+    ours = ResNet("resnet18", "7x7", 16, 8, ())
+    variables = to_jax(theirs, ours)
+    x, target = image(3, 33, 33, 3), image(3, 5, 5, 128)
+    rate, momentum, decay = 0.05, 0.9, 1e-2
+    config = default_config().optimizer
+    config.update(name="sgd", learning_rate=rate, momentum=momentum, weight_decay=decay)
+    tx = make_optimizer(config, total_steps=10)
+
+    @jax.jit
+    def step(variables):
+        def loss(params):
+            features, updates = ours.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            return jnp.mean((features.deep - target) ** 2), updates["batch_stats"]
+
+        gradients, stats = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, _ = tx.update(gradients, tx.init(variables["params"]), variables["params"])
+        params = optax.apply_updates(variables["params"], updates)
+        return {"params": params, "batch_stats": stats}
+
+    found = jax.device_get(step(variables))
+    optimizer = torch.optim.SGD(theirs.parameters(), rate, momentum, weight_decay=decay)
+    deep = theirs(torch.tensor(x.transpose(0, 3, 1, 2)))[-1]
+    torch.mean((deep - torch.tensor(target.transpose(0, 3, 1, 2))) ** 2).backward()
+    optimizer.step()
+
+    expected = to_jax(theirs, ours)
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), expected, variables)
+    assert min(jax.tree.leaves(moved)) > 1e-4  # every array has changed by more than the tolerance
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+
+
+def test_efficientnet_matches_an_independent_implementation():
+    package = pytest.importorskip(
+        "efficientnet_lite_pytorch", reason="efficientnet-lite-pytorch is not installed"
+    )
+    torch.manual_seed(0)
+    theirs = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    network = models.DeepLabV3Plus(2, "efficientnet_lite0", decoder_width=4, projection_dim=4)
+    backbone = models.backbones.make_backbone(
+        "efficientnet_lite0",
+        stem="",
+        width=0,
+        output_stride=32,
+        multi_grid=(),
+        dtype=jnp.float32,
+    )
+    shapes = jax.eval_shape(lambda: models.initialize(network, jax.random.key(0)))
+    state = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    converted = convert_torch_state_dict(state, shapes)
+    variables = {collection: tree["backbone"] for collection, tree in converted.items()}
+
+    # The size for which the package has worked out its padding.
+    x = image(1, 224, 224, 3)
+    seen = []
+    for block in (2, 10, 15):
+        theirs._blocks[block].register_forward_hook(lambda *a: seen.append(channels_last(a[2])))
+    with torch.no_grad():
+        theirs.extract_features(torch.tensor(x.transpose(0, 3, 1, 2)))
+    features = jax.jit(lambda v, x: backbone.apply(v, x, train=False))(variables, x)
+    for found, expected in zip(features, seen, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("size", "target"), [((9, 13), (33, 49)), ((7, 5), (3, 11)), ((1, 4), (5, 1))]
+)
+def test_resize_matches_pytorch(size, target):
+    x = image(2, *size, 3)
+    expected = functional.interpolate(
+        torch.tensor(x.transpose(0, 3, 1, 2)), target, mode="bilinear", align_corners=True
+    )
+    resized = jax.jit(models.resize_aligned, static_argnums=1)(x, target)
+    np.testing.assert_allclose(resized, channels_last(expected), atol=1e-5)
