@@ -77,7 +77,8 @@ def default_config() -> ConfigDict:
     c.model.dtype = "float32"  # compute type: float32 | bfloat16; parameters stay float32
 
     c.method = ConfigDict()
-    c.method.name = "csc"  # a file of csc_jax/methods: supervised | mean_teacher | csc
+    c.method.name = "csc"  # a file of csc_jax/methods, which says what it is
+    c.method.contrast = "none"  # none | csc: the paper's module on top of any other method
     c.method.ema_decay = 0.99  # upper bound of the teacher's EMA decay (decisions.md 19)
     c.method.supervised_only = (
         0  # steps on labels alone before the teacher starts (decisions.md 19)
@@ -102,7 +103,7 @@ def default_config() -> ConfigDict:
         100.0,
     )  # teacher entropy, first to last step (entropy)
 
-    c.contrast = ConfigDict()  # the paper's module, read by csc; Tables I to IV switch its parts
+    c.contrast = ConfigDict()  # the paper's module, part of csc; Tables I to IV switch its parts
     c.contrast.weight = 1.0  # lambda_c (Eq. 1, decisions.md 17)
     c.contrast.start = 0  # step from which L_p or L_c counts (decisions.md 11)
     c.contrast.memory_bank = True  # Tables I, II; False = L_p over the mini-batch (Eq. 5)
@@ -178,6 +179,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.pascal_voc.pool": ("blender", "classic"),
     "model.output_stride": (8, 16, 32),
     "model.dtype": ("float32", "bfloat16"),
+    "method.contrast": ("none", "csc"),
     "method.pseudo_label.mode": ("adaptive", "entropy", "confidence"),
     "contrast.consistency_gate": ("strict", "range", "off"),
     "contrast.enqueue_gate": ("strict", "range", "off"),

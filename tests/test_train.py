@@ -165,7 +165,7 @@ def test_missing_checkpoints_are_named(whole, tmp_path):
         score(config, workdir, "4")
 
 
-@pytest.mark.parametrize("method", ["supervised", "mean_teacher"])
+@pytest.mark.parametrize("method", ["supervised", "cutmix_mean_teacher"])
 def test_the_other_methods_run_too(method, folder):
     config = tiny_config(folder, method__name=method, train__steps=2, train__eval_every=0)
     scores = train(config, folder / method)

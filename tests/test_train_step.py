@@ -10,8 +10,9 @@ import pytest
 from tiny import CLASSES, METHODS, Harness, tiny_config
 
 from csc_jax import contrast
+from csc_jax.errors import UserError
 from csc_jax.evaluation import Scores, confusion_matrix
-from csc_jax.methods.supervised import teacher_decay
+from csc_jax.methods.shared import teacher_decay
 from csc_jax.models import resize_aligned
 from csc_jax.optimizer import make_optimizer
 from csc_jax.state import Network, update_ema
@@ -154,7 +155,7 @@ def test_student_and_teacher_start_equal_in_buffers_of_their_own():
 
 def test_the_gradient_is_that_of_the_unsupervised_loss_only_after_supervised_only():
     config = tiny_config(
-        method__name="mean_teacher",
+        method__name="cutmix_mean_teacher",
         method__supervised_only=2,
         method__pseudo_label__threshold=0.0,
         train__steps=4,
@@ -247,3 +248,25 @@ def test_sgd_is_pytorchs_with_polynomial_decay_and_head_multiplier():
             expected[name] -= factor * rate * velocity[name]
     for name, value in expected.items():
         np.testing.assert_allclose(params[name]["w"], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_the_module_goes_on_top_of_any_method(source):
+    config = tiny_config(
+        method__name="supervised", method__contrast="csc", contrast__bank_source=source
+    )
+    state, history = run(config, 1, 3)
+    assert history[-1]["ready"] == 1.0
+    assert state.bank.count.min() >= 1
+    assert "loss_u" not in history[-1]
+
+
+def test_csc_on_top_of_the_baseline_is_csc():
+    named = run(tiny_config(method__name="csc"), 1, 2)
+    on_top = run(tiny_config(method__name="cutmix_mean_teacher", method__contrast="csc"), 1, 2)
+    jax.tree.map(np.testing.assert_array_equal, named, on_top)
+
+
+def test_csc_on_top_of_itself_is_refused():
+    with pytest.raises(UserError, match=r"on top of method\.name, which is csc already"):
+        Harness(tiny_config(method__contrast="csc"))

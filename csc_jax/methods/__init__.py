@@ -7,6 +7,7 @@ A method is a class `METHOD` in a module of this package; the module's name is t
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Callable
 
 from csc_jax.errors import UserError
 from csc_jax.methods.base import LossOutputs, Method, Pixels, Task
@@ -17,16 +18,16 @@ __all__ = ["LossOutputs", "Method", "Pixels", "Task", "available", "build"]
 def available() -> list[str]:
     """Returns the names of all methods."""
     names = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in names if name != "base")
+    return sorted(name for name in names if name not in ("base", "shared"))
 
 
 def build(task: Task) -> Method:
-    """Returns the method that `config.method.name` names.
+    """Returns the method that `config.method` names, with the contrastive module on top or not.
 
     Raises:
-      UserError: there is no such method.
+      UserError: there is no such method, or it is that module already.
     """
-    name = task.config.method.name
+    name, on_top = task.config.method.name, task.config.method.contrast
     if name not in available():
         close = difflib.get_close_matches(name, available(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -34,4 +35,15 @@ def build(task: Task) -> Method:
             f"method.name is {name!r}, which is not a method.{hint} "
             f"Available: {', '.join(available())}."
         )
-    return importlib.import_module(f"{__name__}.{name}").METHOD(task)
+    if on_top == "none":
+        return _class(name)(task)
+    if on_top == name:
+        raise UserError(
+            f"method.contrast puts {on_top} on top of method.name, which is {name} already. Name "
+            "another method below, or leave method.contrast at none."
+        )
+    return _class(on_top)(task, _class(name)(task, with_pixels=True))
+
+
+def _class(name: str) -> Callable[..., Method]:
+    return importlib.import_module(f"{__name__}.{name}").METHOD

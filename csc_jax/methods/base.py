@@ -11,6 +11,7 @@ so a method may train several networks (`companions`), give each an optimizer of
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 from csc_jax import losses
 from csc_jax.augment import normalize_images
 from csc_jax.contrast import MemoryBank
-from csc_jax.models import Outputs, initialize, resize_aligned
+from csc_jax.models import Features, Outputs, initialize, resize_aligned
 from csc_jax.optimizer import make_optimizer
 from csc_jax.state import Network, TrainState
 
@@ -67,17 +68,26 @@ class Task:
         return normalize_images(images, self.config.data.mean, self.config.data.std)
 
     def train_forward(
-        self, params: Any, batch_stats: Any, images: Array, key: Array, *, projection: bool
+        self,
+        params: Any,
+        batch_stats: Any,
+        images: Array,
+        key: Array,
+        *,
+        projection: bool,
+        perturb: Callable[[Features], Features] | None = None,
     ) -> tuple[Outputs, Any]:
         """Runs a network in training mode on images (B, H, W, 3) on 0..255.
 
-        Returns its outputs and the new BatchNorm statistics.
+        `perturb` changes the backbone's features, see `DeepLabV3Plus`. Returns its outputs and the
+        new BatchNorm statistics.
         """
         outputs, updates = self.model.apply(
             {"params": params, "batch_stats": batch_stats},
             self.normalize(images),
             train=True,
             projection=projection,
+            perturb=perturb,
             mutable=["batch_stats"],
             rngs={"dropout": key},
         )
@@ -116,13 +126,19 @@ class Method:
     """A row of the paper's tables. Subclasses are pure: all that changes is in the TrainState.
 
     Attributes:
-      projection: whether the networks carry the projection head.
+      task: what it is built from.
+      with_pixels: hand on `Pixels` for a contrastive module on top; the student then carries the
+        projection head.
     """
 
-    projection: bool = False
-
-    def __init__(self, task: Task):
+    def __init__(self, task: Task, *, with_pixels: bool = False):
         self.task = task
+        self.with_pixels = with_pixels
+
+    @property
+    def projection(self) -> bool:
+        """Whether student and teacher carry the projection head."""
+        return self.with_pixels
 
     def init_companions(self, key: Array) -> dict[str, Network]:
         """Returns the trained networks beside the student, by name."""

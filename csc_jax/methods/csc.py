@@ -1,7 +1,8 @@
 """CSC: the semi-supervised baseline with the contrastive module on top (Eq. 1, Algorithm 1).
 
-The module only needs the base method's `Pixels`, so it goes on top of any method that provides
-them. Its parts switch on one by one, as in Tables I to IV:
+The module only needs the base method's `Pixels`, so it goes on top of any other method, too:
+`--config.method.name=cps --config.method.contrast=csc`. Its parts switch on one by one, as in
+Tables I to IV:
 
     L_p alone            contrast.memory_bank=False
     + memory bank        contrast.top_n=0 contrast.consistency=False contrast.enqueue_gate=off
@@ -13,29 +14,38 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from csc_jax import contrast
 from csc_jax.errors import UserError
 from csc_jax.methods.base import Batch, LossOutputs, Method, Pixels, Task
-from csc_jax.methods.mean_teacher import MeanTeacher
-from csc_jax.state import TrainState
+from csc_jax.methods.cutmix_mean_teacher import CutMixMeanTeacher
+from csc_jax.state import Network, TrainState
 
 BankUpdate = tuple[contrast.MemoryBank, dict[str, Array]]
 
 
 class CSC(Method):
-    """L = L_base + lambda_c L_c, with L_p in place of L_c until the memory bank is ready."""
+    """L = L_base + lambda_c L_c, with L_p in place of L_c until the memory bank is ready.
 
-    projection = True
+    Attributes:
+      base: the method below, built `with_pixels`; the paper's baseline where none is given.
+      start: first step in which the module takes part.
+    """
 
-    def __init__(self, task: Task):
-        super().__init__(task)
-        from_teacher = task.config.contrast.bank_source == "teacher"
-        self.base = MeanTeacher(task, with_pixels=True, teacher_features=from_teacher)
+    def __init__(self, task: Task, base: Method | None = None):
+        super().__init__(task, with_pixels=True)
+        self.base = base or CutMixMeanTeacher(task, with_pixels=True)
         self._check_absent_classes()
         # Before the teacher starts there are no pseudo-labels worth contrasting.
         self.start = max(task.config.contrast.start, task.config.method.supervised_only)
+
+    def init_companions(self, key: Array) -> dict[str, Network]:
+        return self.base.init_companions(key)
+
+    def optimizers(self) -> dict[str, optax.GradientTransformation]:
+        return self.base.optimizers()
 
     def init_bank(self) -> contrast.MemoryBank | None:
         config = self.task.config

@@ -6,9 +6,9 @@ row and a gain of the others is not the gain of weight averaging.
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 
+from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.state import TrainState, update_ema
 
@@ -25,22 +25,20 @@ class Supervised(Method):
             state.student.batch_stats,
             labeled["image"],
             key,
-            projection=self.projection,
+            projection=self.with_pixels,
         )
         loss = self.task.supervised_loss(outputs.logits, outputs.aux, labeled["label"])
-        return loss, LossOutputs({"student": batch_stats}, {"loss_s": loss})
+        pixels = None
+        if self.with_pixels:
+            features = shared.bank_features(self.task, state, outputs, labeled["image"])
+            pixels = shared.pixels(outputs, features, labeled["label"])
+        return loss, LossOutputs({"student": batch_stats}, {"loss_s": loss}, pixels)
 
     def update(
         self, state: TrainState, outputs: LossOutputs, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        decay = teacher_decay(state.step, 0, self.task.config.method.ema_decay)
+        decay = shared.teacher_decay(state.step, 0, self.task.config.method.ema_decay)
         return state.replace(teacher=update_ema(state.teacher, state.student, decay)), {}
-
-
-def teacher_decay(step: Array, start: int, limit: float) -> Array:
-    """Returns min(1 - 1/(t + 1), limit), t from `start`; before it 0, a copy (decisions.md 19)."""
-    t = jnp.maximum(step - start, 0).astype(jnp.float32)
-    return jnp.minimum(1.0 - 1.0 / (t + 1.0), limit)
 
 
 METHOD = Supervised

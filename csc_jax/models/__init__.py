@@ -13,10 +13,19 @@ from csc_jax.errors import UserError
 from csc_jax.models import backbones
 from csc_jax.models.deeplabv3plus import DeepLabV3Plus, Outputs
 from csc_jax.models.initialize import initialize
+from csc_jax.models.layers import Features
 from csc_jax.models.resize import resize_aligned
 from csc_jax.models.resnet import DEPTHS, STEMS
 
-__all__ = ["DeepLabV3Plus", "Outputs", "build", "count_parameters", "initialize", "resize_aligned"]
+__all__ = [
+    "DeepLabV3Plus",
+    "Features",
+    "Outputs",
+    "build",
+    "count_parameters",
+    "initialize",
+    "resize_aligned",
+]
 
 
 def build(config: ConfigDict, num_classes: int, aux_head: bool) -> DeepLabV3Plus:

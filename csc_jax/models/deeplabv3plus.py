@@ -1,6 +1,6 @@
 """DeepLabv3+ with a projection head (decisions.md 16 and "Recipe facts of the lineage")."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from csc_jax.models.backbones import make_backbone
-from csc_jax.models.layers import Conv, ConvNorm
+from csc_jax.models.layers import Conv, ConvNorm, Features
 from csc_jax.models.resize import resize_aligned
 
 
@@ -19,6 +19,7 @@ class Outputs(NamedTuple):
     logits: jax.Array  # (B, h, w, C)
     projection: jax.Array | None  # (B, h, w, D), not normalised; None where not asked for
     aux: jax.Array | None  # (B, h', w', C) at the stride of `middle`; None without that head
+    encoded: jax.Array  # (B, h'', w'', decoder_width) at the output stride: what the decoder gets
 
 
 class DeepLabV3Plus(nn.Module):
@@ -42,8 +43,22 @@ class DeepLabV3Plus(nn.Module):
     dtype: Any = jnp.float32  # compute type; parameters, statistics and outputs are float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, projection: bool = True) -> Outputs:
-        """Runs the network; train=True needs a "dropout" key and mutable "batch_stats"."""
+    def __call__(
+        self,
+        x: jax.Array,
+        train: bool,
+        projection: bool = True,
+        perturb: Callable[[Features], Features] | None = None,
+    ) -> Outputs:
+        """Runs the network; train=True needs a "dropout" key and mutable "batch_stats".
+
+        Args:
+          x: (B, H, W, 3) normalised image.
+          train: whether dropout and batch statistics are on.
+          projection: whether the projection is computed.
+          perturb: changes the backbone's features before anything is made of them; they may come
+            out for another number of images, as where each is decoded with and without noise.
+        """
         features = make_backbone(
             self.backbone,
             stem=self.stem,
@@ -52,12 +67,14 @@ class DeepLabV3Plus(nn.Module):
             multi_grid=self.multi_grid,
             dtype=self.dtype,
         )(x, train)
+        if perturb is not None:
+            features = perturb(features)
 
         conv = partial(ConvNorm, self.decoder_width, dtype=self.dtype)
         rates = rates_at(self.output_stride, self.aspp_rates)
         deep = ASPP(self.decoder_width, rates, self.dtype, name="aspp")(features.deep, train)
         deep = conv(name="fuse")(deep, train)
-        deep = _dropout(self.dropout, train)(deep)
+        deep = encoded = _dropout(self.dropout, train)(deep)
         low = conv(kernel_size=1, use_bias=True, name="low_level")(features.low, train)
         deep = resize_aligned(deep, (low.shape[1], low.shape[2]))
         fused = jnp.concatenate([low, deep], axis=-1)  # (B, h, w, 2 decoder_width)
@@ -69,6 +86,7 @@ class DeepLabV3Plus(nn.Module):
             logits=head(self.num_classes, depth=2, name="classifier")(fused, train),
             projection=project(fused, train) if project else None,
             aux=aux(features.middle, train) if aux else None,
+            encoded=encoded.astype(jnp.float32),
         )
 
 

@@ -20,7 +20,7 @@ def run() -> None:
     parser = argparse.ArgumentParser(prog="benchmark.py step", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/camvid.py"))
     parser.add_argument("--classes", type=int, default=11, help="of the data set it is for")
-    parser.add_argument("--methods", nargs="+", default=["mean_teacher", "csc"])
+    parser.add_argument("--methods", nargs="+", default=["cutmix_mean_teacher", "csc"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="instead of the config's")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()

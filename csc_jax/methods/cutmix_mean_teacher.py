@@ -16,25 +16,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from csc_jax import augment, losses
-from csc_jax.methods.base import Batch, LossOutputs, Method, Pixels, Task
-from csc_jax.methods.supervised import teacher_decay
-from csc_jax.models import Outputs, resize_aligned
+from csc_jax.methods import shared
+from csc_jax.methods.base import Batch, LossOutputs, Method
+from csc_jax.models import resize_aligned
 from csc_jax.pseudo_labels import pseudo_labels, update_class_confidence
 from csc_jax.state import TrainState, update_ema
 
 
-class MeanTeacher(Method):
-    """L = L_s + lambda_u L_u.
-
-    Attributes:
-      with_pixels: hand on features and labels for a contrastive module on top.
-      teacher_features: those that may enter its bank are the teacher's (Fig. 3), not the student's.
-    """
-
-    def __init__(self, task: Task, *, with_pixels: bool = False, teacher_features: bool = False):
-        super().__init__(task)
-        self.projection = with_pixels
-        self.teacher_features = teacher_features
+class CutMixMeanTeacher(Method):
+    """L = L_s + lambda_u L_u."""
 
     def init_method_state(self) -> dict[str, Array]:
         return {"class_confidence": jnp.zeros((self.task.num_classes,))}
@@ -60,7 +50,7 @@ class MeanTeacher(Method):
             state.student.batch_stats,
             images,
             dropout_key,
-            projection=self.projection,
+            projection=self.with_pixels,
         )
         loss_s = task.supervised_loss(
             student.logits[:images_l],
@@ -74,13 +64,14 @@ class MeanTeacher(Method):
         total = loss_s + jnp.where(active, config.lambda_u, 0.0) * loss_u
 
         pixels = None
-        if self.projection:
-            bank_features = self._bank_features(state, labeled["image"], weak, mask, student)
-            pixels = _pixels(student, bank_features, labeled["label"], pseudo_mixed)
+        if self.with_pixels:
+            features = shared.bank_features(task, state, student, labeled["image"], weak, mask)
+            labels = jnp.concatenate([labeled["label"].astype(jnp.int32), pseudo_mixed])
+            pixels = shared.pixels(student, features, labels)
         metrics = {"loss_s": loss_s, "loss_u": loss_u}
-        metrics |= _pseudo_label_metrics(pseudo, inside, unlabeled["label"])
+        metrics |= shared.pseudo_label_metrics(pseudo, inside, unlabeled["label"])
         carry = {"logits_l": jax.lax.stop_gradient(student.logits[:images_l])}
-        carry["labels_l"] = augment.nearest(labeled["label"], _size(student.logits))
+        carry["labels_l"] = augment.nearest(labeled["label"], shared.size_of(student.logits))
         return total, LossOutputs({"student": batch_stats}, metrics, pixels, carry)
 
     def pseudo_labels(
@@ -88,7 +79,7 @@ class MeanTeacher(Method):
     ) -> Array:
         """See `Method.pseudo_labels`; pixels outside `inside` (B, H, W) get none."""
         logits = self.task.eval_forward(state.teacher, images).logits
-        logits = resize_aligned(logits, _size(images))
+        logits = resize_aligned(logits, shared.size_of(images))
         return pseudo_labels(
             key,
             jax.nn.softmax(logits),
@@ -102,7 +93,7 @@ class MeanTeacher(Method):
         self, state: TrainState, outputs: LossOutputs, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         config = self.task.config.method
-        decay = teacher_decay(state.step, config.supervised_only, config.ema_decay)
+        decay = shared.teacher_decay(state.step, config.supervised_only, config.ema_decay)
         confidence = update_class_confidence(
             state.method_state["class_confidence"],
             outputs.carry["logits_l"],
@@ -114,50 +105,5 @@ class MeanTeacher(Method):
             method_state={"class_confidence": confidence},
         ), {}
 
-    def _bank_features(
-        self, state: TrainState, labeled: Array, weak: Array, mask: Array, student: Outputs
-    ) -> Array:
-        """(B, h, w, D): the student's features, or the teacher's, mixed as the images were."""
-        if not self.teacher_features:
-            return jax.lax.stop_gradient(_projection(student))
-        images = jnp.concatenate([labeled, weak])
-        features = _projection(self.task.eval_forward(state.teacher, images, projection=True))
-        features_l, features_u = features[: labeled.shape[0]], features[labeled.shape[0] :]
-        small = augment.nearest(mask, _size(features))
-        return jnp.concatenate([features_l, augment.mix(small, features_u)])
 
-
-def _projection(outputs: Outputs) -> Array:
-    """(B, h, w, D) of a network that was asked for it."""
-    assert outputs.projection is not None
-    return outputs.projection
-
-
-def _size(x: Array) -> tuple[int, int]:
-    """(height, width) of (B, H, W, K)."""
-    return x.shape[1], x.shape[2]
-
-
-def _pixels(student: Outputs, bank_features: Array, labels: Array, pseudo: Array) -> Pixels:
-    size = _size(student.logits)
-    both = jnp.concatenate([labels.astype(jnp.int32), pseudo])
-    return Pixels(
-        features=_projection(student),
-        bank_features=bank_features,
-        labels=augment.nearest(both, size),
-        predictions=jnp.argmax(student.logits, axis=-1).astype(jnp.int32),
-    )
-
-
-def _pseudo_label_metrics(pseudo: Array, inside: Array, truth: Array) -> dict[str, Array]:
-    """Kept share of the pixels, and right share of the kept ones whose truth is known."""
-    kept = pseudo != losses.IGNORE
-    judged = kept & (truth != losses.IGNORE)
-    right = judged & (pseudo == truth.astype(jnp.int32))
-    known = jnp.sum(judged)
-    accuracy = jnp.where(known > 0, jnp.sum(right) / jnp.maximum(known, 1), jnp.nan)
-    kept_fraction = jnp.sum(kept) / jnp.maximum(jnp.sum(inside), 1)
-    return {"kept_fraction": kept_fraction, "pseudo_label_accuracy": accuracy}
-
-
-METHOD = MeanTeacher
+METHOD = CutMixMeanTeacher

@@ -1,0 +1,92 @@
+"""What several methods do alike."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from csc_jax import augment, losses
+from csc_jax.methods.base import Pixels, Task
+from csc_jax.models import Outputs
+from csc_jax.state import TrainState
+
+
+def teacher_decay(step: Array, start: int, limit: float) -> Array:
+    """Returns min(1 - 1/(t + 1), limit), t from `start`; before it 0, a copy (decisions.md 19)."""
+    t = jnp.maximum(step - start, 0).astype(jnp.float32)
+    return jnp.minimum(1.0 - 1.0 / (t + 1.0), limit)
+
+
+def size_of(x: Array) -> tuple[int, int]:
+    """Returns (height, width) of (B, H, W, ...)."""
+    return x.shape[1], x.shape[2]
+
+
+def pixels(student: Outputs, bank_features: Array, labels: Array) -> Pixels:
+    """Returns what a contrastive module on top of a method needs.
+
+    Args:
+      student: of the images; the network was asked for its projection.
+      bank_features: (B, h, w, D), see `bank_features`.
+      labels: (B, H, W) int ground truth and pseudo-labels of the images as the student saw them.
+    """
+    return Pixels(
+        features=_projection(student),
+        bank_features=bank_features,
+        labels=augment.nearest(labels.astype(jnp.int32), size_of(student.logits)),
+        predictions=jnp.argmax(student.logits, axis=-1).astype(jnp.int32),
+    )
+
+
+def bank_features(
+    task: Task,
+    state: TrainState,
+    student: Outputs,
+    labeled: Array,
+    unlabeled: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """Returns the features that may enter the memory bank, (B, h, w, D), without gradient.
+
+    They are the student's, or for `contrast.bank_source` = "teacher" (Fig. 3, decisions.md 8) the
+    teacher's of the weak views, mixed as the student's images were.
+
+    Args:
+      task: the task.
+      state: the state before the step.
+      student: its outputs on labelled and unlabelled images.
+      labeled: (Bl, H, W, 3).
+      unlabeled: (Bu, H, W, 3) weak views; None for a method that sees none.
+      mask: (Bu, H, W) bool of CutMix, None without it.
+    """
+    if task.config.contrast.bank_source == "student":
+        return jax.lax.stop_gradient(_projection(student))
+    images = labeled if unlabeled is None else jnp.concatenate([labeled, unlabeled])
+    features = _projection(task.eval_forward(state.teacher, images, projection=True))
+    if mask is None:
+        return features
+    features_l, features_u = features[: labeled.shape[0]], features[labeled.shape[0] :]
+    small = augment.nearest(mask, size_of(features))
+    return jnp.concatenate([features_l, augment.mix(small, features_u)])
+
+
+def pseudo_label_metrics(pseudo: Array, inside: Array, truth: Array) -> dict[str, Array]:
+    """Returns kept share of the pixels, and right share of the kept ones whose truth is known.
+
+    Args:
+      pseudo: (B, H, W) int32, 255 where dropped.
+      inside: (B, H, W) bool, False on padding.
+      truth: (B, H, W) int, for these metrics only.
+    """
+    kept = pseudo != losses.IGNORE
+    judged = kept & (truth != losses.IGNORE)
+    right = judged & (pseudo == truth.astype(jnp.int32))
+    known = jnp.sum(judged)
+    accuracy = jnp.where(known > 0, jnp.sum(right) / jnp.maximum(known, 1), jnp.nan)
+    kept_fraction = jnp.sum(kept) / jnp.maximum(jnp.sum(inside), 1)
+    return {"kept_fraction": kept_fraction, "pseudo_label_accuracy": accuracy}
+
+
+def _projection(outputs: Outputs) -> Array:
+    """(B, h, w, D) of a network that was asked for it."""
+    assert outputs.projection is not None
+    return outputs.projection
