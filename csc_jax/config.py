@@ -75,6 +75,7 @@ def default_config() -> ConfigDict:
     c.model.projection_dim = 256  # D, width of a pixel's contrastive feature (paper, Sec. III-B)
     c.model.dropout = 0.1  # probability, ASPP and heads (lineage)
     c.model.dtype = "float32"  # compute type: float32 | bfloat16; parameters stay float32
+    c.model.remat = False  # compute the backbone's blocks again for the gradient, to save memory
 
     c.method = ConfigDict()
     c.method.name = "csc"  # a file of csc_jax/methods, which says what it is
@@ -305,7 +306,7 @@ def validate(config: ConfigDict) -> None:
 _MAY_CHANGE = (
     *("data.root", "data.cache_dir", "data.threads", "data.prefetch", "data.workers"),
     *("batch.eval", "train.steps", "train.log_every", "train.eval_every", "train.panels"),
-    *("train.max_rejected", "eval.", "checkpoint.", "parallel.", "debug.", "wandb"),
+    *("model.remat", "train.max_rejected", "eval.", "checkpoint.", "parallel.", "debug.", "wandb"),
 )
 
 

@@ -9,8 +9,9 @@ from flax.traverse_util import flatten_dict
 from csc_jax import models
 from csc_jax.config import default_config
 from csc_jax.errors import UserError
+from csc_jax.models import DeepLabV3Plus, initialize
 from csc_jax.models.layers import Conv, ConvNorm
-from csc_jax.models.resnet import DEPTHS, BasicBlock
+from csc_jax.models.resnet import DEPTHS, BasicBlock, ResNet
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +207,32 @@ def test_build_refuses_impossible_networks(field, value, message):
     config[field] = value
     with pytest.raises(UserError, match=message):
         models.build(config, num_classes=7, aux_head=False)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+def test_remat_changes_no_name_and_no_shape(backbone):
+    def shapes(remat):
+        network = DeepLabV3Plus(3, backbone, width=4, decoder_width=8, remat=remat)
+        return jax.eval_shape(lambda: initialize(network, jax.random.key(0)))
+
+    assert shapes(True) == shapes(False)
+
+
+def test_remat_has_the_same_gradient():
+    x = jax.random.normal(jax.random.key(0), (2, 33, 33, 3))
+    block = {"depth": "resnet18", "width": 4, "output_stride": 16, "multi_grid": ()}
+    variables = ResNet(**block).init(jax.random.key(1), x, train=False)
+
+    def gradient(remat):
+        def loss(params):
+            features, updates = ResNet(**block, remat=remat).apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            return jnp.mean(features.deep**2), updates
+
+        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+    jax.tree.map(close, gradient(True), gradient(False))

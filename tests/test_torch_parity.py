@@ -8,107 +8,26 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from benchmarks.torch_network import DeepLabV3Plus as DeepLabTorch  # noqa: E402
+from benchmarks.torch_network import ResNet as ResNetTorch  # noqa: E402
+from benchmarks.torch_network import state_arrays  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from csc_jax import models  # noqa: E402
 from csc_jax.config import default_config  # noqa: E402
-from csc_jax.models.resnet import DEPTHS, Bottleneck, ResNet  # noqa: E402
+from csc_jax.models.resnet import DEPTHS, ResNet  # noqa: E402
 from csc_jax.models.weights import convert_torch_state_dict  # noqa: E402
 from csc_jax.optimizer import make_optimizer  # noqa: E402
-
-
-class TorchBlock(torch.nn.Module):
-    """A residual block under torchvision's names; the stride lies in the 3x3 of a bottleneck."""
-
-    def __init__(self, inputs, width, bottleneck, stride, first, dilation):
-        super().__init__()
-        kinds = [(width, 3, stride, first), (width, 3, 1, dilation)]
-        if bottleneck:
-            kinds = [(width, 1, 1, 1), (width, 3, stride, first), (4 * width, 1, 1, 1)]
-        channels = inputs
-        for i, (outputs, size, step, rate) in enumerate(kinds, start=1):
-            conv = torch.nn.Conv2d(
-                channels, outputs, size, step, rate * (size // 2), rate, bias=False
-            )
-            setattr(self, f"conv{i}", conv)
-            setattr(self, f"bn{i}", torch.nn.BatchNorm2d(outputs))
-            channels = outputs
-        self.count = len(kinds)
-        self.downsample = None
-        if stride > 1 or inputs != channels:
-            self.downsample = torch.nn.Sequential(
-                torch.nn.Conv2d(inputs, channels, 1, stride, bias=False),
-                torch.nn.BatchNorm2d(channels),
-            )
-
-    def forward(self, x):
-        y = x
-        for i in range(1, self.count + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
-            y = torch.relu(y) if i < self.count else y
-        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
-class TorchResNet(torch.nn.Module):
-    """Maps of all four stages; dilated by torchvision's rule, multi-grid as in the lineage."""
-
-    def __init__(self, depth, stem, width, output_stride, multi_grid):
-        super().__init__()
-        block, counts = DEPTHS[depth]
-        bottleneck = block is Bottleneck
-        if stem == "deep":
-            self.conv1 = torch.nn.Sequential(
-                torch.nn.Conv2d(3, width, 3, 2, 1, bias=False),
-                torch.nn.BatchNorm2d(width),
-                torch.nn.ReLU(),
-                torch.nn.Conv2d(width, width, 3, 1, 1, bias=False),
-                torch.nn.BatchNorm2d(width),
-                torch.nn.ReLU(),
-                torch.nn.Conv2d(width, 2 * width, 3, 1, 1, bias=False),
-            )
-        else:
-            self.conv1 = torch.nn.Conv2d(3, width, 7, 2, 3, bias=False)
-        channels = 2 * width if stem == "deep" else width
-        self.bn1 = torch.nn.BatchNorm2d(channels)
-        self.pool = torch.nn.MaxPool2d(3, 2, 1, ceil_mode=stem == "deep")
-        reached, dilation = 4, 1
-        for stage, count in enumerate(counts, start=1):
-            previous, stride = dilation, 1
-            if stage > 1 and reached < output_stride:
-                stride, reached = 2, 2 * reached
-            elif stage > 1:
-                dilation *= 2
-            features = width * 2 ** (stage - 1)
-            blocks = []
-            for i in range(count):
-                grid = multi_grid[i] if stage == 4 and multi_grid else 1
-                first = (previous if i == 0 else dilation) * grid
-                blocks.append(
-                    TorchBlock(
-                        channels,
-                        features,
-                        bottleneck,
-                        stride if i == 0 else 1,
-                        first,
-                        dilation * grid,
-                    )
-                )
-                channels = features * (4 if bottleneck else 1)
-            setattr(self, f"layer{stage}", torch.nn.Sequential(*blocks))
-
-    def forward(self, x):
-        x = self.pool(torch.relu(self.bn1(self.conv1(x))))
-        maps = []
-        for stage in range(1, 5):
-            x = getattr(self, f"layer{stage}")(x)
-            maps.append(x)
-        return maps
 
 
 def torch_resnet(*arguments):
     """A network whose statistics and scales differ from one and zero."""
     torch.manual_seed(0)
-    network = TorchResNet(*arguments)
+    return shaken(ResNetTorch(*arguments))
+
+
+def shaken(network):
+    """Scales and statistics as after training."""
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -125,8 +44,7 @@ def to_jax(torch_network, network):
         lambda x: network.init(jax.random.key(0), x, train=False), jnp.zeros((1, 64, 64, 3))
     )
     wrapped = {collection: {"backbone": tree} for collection, tree in shapes.items()}
-    state = {name: value.numpy().copy() for name, value in torch_network.state_dict().items()}
-    converted = convert_torch_state_dict(state, wrapped)
+    converted = convert_torch_state_dict(state_arrays(torch_network), wrapped)
     return {collection: tree["backbone"] for collection, tree in converted.items()}
 
 
@@ -173,6 +91,20 @@ def test_resnet_matches_pytorch_stage_by_stage(depth, stem, output_stride, multi
         np.testing.assert_allclose(found, expected[stage], atol=1e-5 * scale)
     for found, stage in zip(features, (0, 2, 3), strict=True):
         assert found.shape == expected[stage].shape
+
+
+def test_deeplab_matches_pytorch():
+    sizes = {"width": 8, "decoder_width": 16, "projection_dim": 6, "output_stride": 16}
+    theirs = shaken(DeepLabTorch(5, "resnet18", rates=(2, 4, 6), **sizes)).eval()
+    ours = models.DeepLabV3Plus(5, "resnet18", aspp_rates=(4, 8, 12), **sizes)  # at stride 8
+    shapes = jax.eval_shape(lambda: models.initialize(ours, jax.random.key(0)))
+    variables = convert_torch_state_dict(state_arrays(theirs), shapes)
+    x = image(2, 33, 49, 3)
+    outputs = jax.jit(lambda v, x: ours.apply(v, x, train=False))(variables, x)
+    with torch.no_grad():
+        logits, projection = theirs(torch.tensor(x.transpose(0, 3, 1, 2)))
+    np.testing.assert_allclose(outputs.logits, channels_last(logits), atol=1e-4)
+    np.testing.assert_allclose(outputs.projection, channels_last(projection), atol=1e-4)
 
 
 def test_one_sgd_step_matches_pytorch():

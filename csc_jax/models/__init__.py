@@ -65,6 +65,7 @@ def build(config: ConfigDict, num_classes: int, aux_head: bool) -> DeepLabV3Plus
         decoder_width=config.decoder_width,
         dropout=config.dropout,
         dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
     )
 
 

@@ -14,9 +14,16 @@ def names() -> tuple[str, ...]:
 
 
 def make_backbone(
-    name: str, *, stem: str, width: int, output_stride: int, multi_grid: tuple[int, ...], dtype: Any
+    name: str,
+    *,
+    stem: str,
+    width: int,
+    output_stride: int,
+    multi_grid: tuple[int, ...],
+    dtype: Any,
+    remat: bool = False,
 ) -> nn.Module:
     """Returns the module called "backbone"; `stem`, `width` and `multi_grid` are for ResNets."""
     if name == "efficientnet_lite0":
-        return EfficientNetLite0(output_stride, dtype, name="backbone")
-    return ResNet(name, stem, width, output_stride, multi_grid, dtype, name="backbone")
+        return EfficientNetLite0(output_stride, dtype, remat, name="backbone")
+    return ResNet(name, stem, width, output_stride, multi_grid, dtype, remat, name="backbone")

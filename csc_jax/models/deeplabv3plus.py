@@ -41,6 +41,7 @@ class DeepLabV3Plus(nn.Module):
     decoder_width: int = 256
     dropout: float = 0.1
     dtype: Any = jnp.float32  # compute type; parameters, statistics and outputs are float32
+    remat: bool = False  # trade time for memory: the backbone's blocks are computed twice
 
     @nn.compact
     def __call__(
@@ -66,6 +67,7 @@ class DeepLabV3Plus(nn.Module):
             output_stride=self.output_stride,
             multi_grid=self.multi_grid,
             dtype=self.dtype,
+            remat=self.remat,
         )(x, train)
         if perturb is not None:
             features = perturb(features)

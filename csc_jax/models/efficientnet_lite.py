@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from csc_jax.models.depthwise import convolve_depthwise
-from csc_jax.models.layers import BatchNorm, Features, convolve
+from csc_jax.models.layers import BatchNorm, Features, checkpoint_block, convolve
 
 
 class Stage(NamedTuple):
@@ -44,9 +44,11 @@ class EfficientNetLite0(nn.Module):
 
     output_stride: int = 8  # 8, 16 or 32
     dtype: Any = jnp.float32
+    remat: bool = False  # keep only the blocks' inputs for the gradient, compute the rest again
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> Features:
+        block = checkpoint_block(InvertedResidual) if self.remat else InvertedResidual
         x = ConvNormRelu6(32, 3, stride=2, dtype=self.dtype, name="stem")(x, train)
         maps = []
         index = 0
@@ -58,7 +60,7 @@ class EfficientNetLite0(nn.Module):
             elif stage.stride == 2:
                 dilation = 2 * dilation
             for _ in range(stage.blocks):
-                x = InvertedResidual(
+                x = block(
                     stage.features,
                     stage.expansion,
                     stage.kernel_size,

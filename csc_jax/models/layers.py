@@ -19,6 +19,11 @@ class Features(NamedTuple):
     deep: jax.Array  # last stage (layer4), at the output stride: input of ASPP
 
 
+def checkpoint_block(block: type[nn.Module]) -> type[nn.Module]:
+    """Returns a block (x, train) whose inside is computed again for the gradient, not kept."""
+    return nn.remat(block, static_argnums=(2,))  # self, x and train: 2 is `train`
+
+
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
     """PyTorch's `conv2d(padding=dilation * (k - 1) / 2)` for odd k, without a bias.
 

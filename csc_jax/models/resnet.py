@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from csc_jax.models.layers import ConvNorm, Features
+from csc_jax.models.layers import ConvNorm, Features, checkpoint_block
 
 STEMS = ("deep", "7x7")
 
@@ -81,12 +81,14 @@ class ResNet(nn.Module):
     output_stride: int = 8  # 8, 16 or 32
     multi_grid: tuple[int, ...] = (2, 2, 4)  # multiplies the dilations of the last stage's blocks
     dtype: Any = jnp.float32
+    remat: bool = False  # keep only the blocks' inputs for the gradient, compute the rest again
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> Features:
         x = x.astype(self.dtype)
         x = self._deep_stem(x, train) if self.stem == "deep" else self._plain_stem(x, train)
-        block, depths = DEPTHS[self.depth]
+        kind, depths = DEPTHS[self.depth]
+        block: Any = checkpoint_block(kind) if self.remat else kind
         stages = []
         reached, dilation = 4, 1  # stride of the map and dilation so far
         for stage, depth in enumerate(depths, start=1):

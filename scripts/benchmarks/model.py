@@ -1,0 +1,198 @@
+"""`benchmark.py model`: our network and PyTorch's, and the convolutions that they are made of.
+
+Forward is in evaluation mode; forward and backward in training mode, cross entropy on the logits at
+full size. Both networks have the same layers (the tests compare their outputs). Achieved FLOP/s are
+those that XLA counts in our program, over the best that a square matrix product reaches here.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import Candidate, Timing, candidate, compiled, machine, table, take_turns
+from csc_jax import losses, models
+from csc_jax.models.layers import convolve
+
+DILATIONS = (1, 2, 4, 8, 12, 16, 24, 36)
+
+
+def run() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(prog="benchmark.py model", description=__doc__)
+    parser.add_argument("--backbone", default="resnet50", choices=models.backbones.names())
+    parser.add_argument("--size", type=int, nargs=2, default=(321, 321), help="height, width in px")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--classes", type=int, default=21)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--remat", action="store_true", help="also with `model.remat`")
+    parser.add_argument("--convolutions", action="store_true", help="only 3x3 ones by dilation")
+    options = parser.parse_args()
+    print(machine())
+    dtype = jnp.dtype(options.dtype)
+    peak = _peak(dtype)
+    print(f"{options.dtype} matrix products: {peak / 1e9:.0f} GFLOP/s")
+    if options.convolutions:
+        _convolutions(options.batch, options.size, dtype, peak, options.repeats)
+        return
+    for title, candidates in _networks(options, dtype).items():
+        print(f"\n{title}, {options.backbone}, {options.batch} x {options.size}:")
+        timings = take_turns(
+            {name: entry for name, (entry, _) in candidates.items()}, options.repeats
+        )
+        print(table(timings))
+        for name, (_, flops) in candidates.items():
+            print(_rates(name, timings[name], options.batch, flops, peak))
+
+
+def _rates(name: str, timing: Timing, images: int, flops: float, peak: float) -> str:
+    share = f", {flops / timing.median / peak:.0%} of the peak" if flops else ""
+    return f"{name}: {images / timing.median:.2f} images/s{share}"
+
+
+def _networks(
+    options: argparse.Namespace, dtype: Any
+) -> dict[str, dict[str, tuple[Candidate, float]]]:
+    """Candidates with the FLOP of each (0 where nobody counts them), by table."""
+    rng = np.random.default_rng(0)
+    shape = (options.batch, *options.size)
+    images = rng.standard_normal((*shape, 3)).astype(np.float32)
+    labels = rng.integers(0, options.classes, shape)
+    forward, backward = {}, {}
+    for remat in (False, True) if options.remat else (False,):
+        name = "ours, remat" if remat else "ours"
+        forward[name], backward[name] = _ours(options, dtype, remat, images, labels)
+    try:
+        forward["PyTorch"], backward["PyTorch"] = _theirs(options, images, labels)
+    except ImportError:
+        print("PyTorch is not installed, so its rows are missing.")
+    return {"Forward": forward, "Forward and backward": backward}
+
+
+def _ours(
+    options: argparse.Namespace, dtype: Any, remat: bool, images: np.ndarray, labels: np.ndarray
+) -> tuple[tuple[Candidate, float], tuple[Candidate, float]]:
+    network = models.DeepLabV3Plus(
+        options.classes, options.backbone, dtype=dtype, remat=remat, output_stride=8
+    )
+    variables = jax.jit(lambda key: models.initialize(network, key))(jax.random.key(0))
+    size = (images.shape[1], images.shape[2])
+
+    def forward(variables: Any, images: jax.Array) -> Any:
+        outputs = network.apply(variables, images, train=False)
+        return outputs.logits, outputs.projection
+
+    def backward(variables: Any, images: jax.Array, labels: jax.Array) -> Any:
+        def loss(params: Any) -> Any:
+            outputs, updates = network.apply(
+                {**variables, "params": params},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(1)},
+            )
+            logits = models.resize_aligned(outputs.logits, size)
+            # The projection takes part, as in PyTorch, where its gradient would be missing else.
+            value = losses.cross_entropy(logits, labels) + jnp.mean(outputs.projection**2)
+            return value, updates
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    device_images, device_labels = jnp.asarray(images), jnp.asarray(labels)
+    return (
+        _counted(forward, variables, device_images),
+        _counted(backward, variables, device_images, device_labels),
+    )
+
+
+def _counted(function: Callable[..., Any], *arguments: Any) -> tuple[Candidate, float]:
+    program = compiled(function, *arguments)
+    memory = program.memory_analysis()
+    entry = Candidate(
+        lambda: jax.block_until_ready(program(*arguments)),
+        None if memory is None else memory.temp_size_in_bytes,
+    )
+    return entry, float(program.cost_analysis()["flops"])
+
+
+def _theirs(
+    options: argparse.Namespace, images: np.ndarray, labels: np.ndarray
+) -> tuple[tuple[Candidate, float], tuple[Candidate, float]]:
+    import torch
+    from torch.nn import functional
+
+    from benchmarks.torch_network import DeepLabV3Plus
+
+    on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    torch.backends.cudnn.benchmark = True
+    network = DeepLabV3Plus(options.classes, options.backbone).to(device)
+    network = network.to(memory_format=torch.channels_last)
+    pictures = torch.tensor(images.transpose(0, 3, 1, 2), device=device)
+    pictures = pictures.to(memory_format=torch.channels_last)
+    truth = torch.tensor(labels, device=device)
+    mixed = functools.partial(
+        torch.autocast, device.type, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16"
+    )
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    def forward() -> None:
+        network.eval()
+        with torch.no_grad(), mixed():
+            network(pictures)
+        wait()
+
+    def backward() -> None:
+        network.train()
+        network.zero_grad(set_to_none=True)
+        with mixed():
+            logits, projection = network(pictures)
+            full = functional.interpolate(
+                logits.float(), pictures.shape[2:], mode="bilinear", align_corners=True
+            )
+            loss = functional.cross_entropy(full, truth) + projection.float().square().mean()
+        loss.backward()
+        wait()
+
+    return (Candidate(forward), 0.0), (Candidate(backward), 0.0)
+
+
+def _peak(dtype: Any, size: int = 2048) -> float:
+    """FLOP/s of the fastest of ten square matrix products."""
+    a = jnp.ones((size, size), dtype)
+    timing = take_turns({"product": candidate(jnp.matmul, a, a)}, 10)["product"]
+    return 2 * size**3 / min(timing.seconds)
+
+
+def _convolutions(batch: int, size: tuple[int, int], dtype: Any, peak: float, repeats: int) -> None:
+    """Times value and gradients of ASPP's 3x3 convolution at the output stride, by dilation."""
+    height, width, channels, features = -(-size[0] // 8), -(-size[1] // 8), 2048, 256
+    x = jax.random.normal(jax.random.key(0), (batch, height, width, channels), dtype)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, features), dtype) / 100
+    flops = 2 * batch * height * width * 9 * channels * features  # of each, padding included
+    print(f"\n3x3 convolution of ({batch}, {height}, {width}, {channels}) to {features} channels:")
+    for dilation in DILATIONS:
+
+        def value(x: Any, kernel: Any, dilation: int = dilation) -> Any:
+            return convolve(x, kernel, dilation=dilation)
+
+        def energy(x: Any, kernel: Any, value: Any = value) -> Any:
+            return jnp.sum(value(x, kernel).astype(jnp.float32) ** 2)
+
+        rows = {
+            f"dilation {dilation}, value": candidate(value, x, kernel),
+            "… and gradient of the input": candidate(jax.grad(energy, 0), x, kernel),
+            "… and gradient of the kernel": candidate(jax.grad(energy, 1), x, kernel),
+        }
+        timings = take_turns(rows, repeats)
+        for count, (name, timing) in zip((1, 2, 2), timings.items(), strict=True):
+            share = count * flops / timing.median / peak
+            print(f"{name:<32} {1e3 * timing.median:8.1f} ms  {share:5.0%} of the peak")
