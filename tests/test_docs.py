@@ -1,13 +1,19 @@
-"""The examples of docs/use_in_your_code.md run as they are printed."""
+"""The examples of docs/ run as they are printed."""
 
 import ast
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from tiny import Harness, tiny_config
 
-PAGE = (Path(__file__).parents[1] / "docs" / "use_in_your_code.md").read_text()
+from csc_jax import config as config_lib
+from csc_jax import methods
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "use_in_your_code.md").read_text()
 EXAMPLES = dict(
     zip(("linen", "nnx"), re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL), strict=True)
 )
@@ -35,3 +41,25 @@ def test_example_is_short_and_takes_the_contrast_module_alone(name):
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     ours = {(n.module, a.name) for n in imports for a in n.names if "csc_jax" in str(n.module)}
     assert ours == {("csc_jax", "contrast")}
+
+
+def test_a_method_is_one_file_one_line_and_one_test(tmp_path, monkeypatch):
+    page = (DOCS / "add_a_method.md").read_text()
+    method, line, test = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len([each for each in method.splitlines() if each.strip()]) <= 40
+    (tmp_path / "entropy_minimization.py").write_text(method)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    default_config = config_lib.default_config
+
+    def with_the_line():
+        c = default_config()
+        exec(line, {"c": c})
+        return c
+
+    monkeypatch.setattr(config_lib, "default_config", with_the_line)
+    variables: dict = {}
+    exec(compile(test, "add_a_method.md (test)", "exec"), variables)
+    variables["test_entropy_falls"]()
+    on_top = Harness(tiny_config(method__name="entropy_minimization", method__contrast="csc"))
+    state = jax.eval_shape(on_top.step, jax.eval_shape(on_top.init), on_top.batch(0))[0]
+    assert state.bank is not None
