@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import jax
+
 from benchmarks.step import build, step_of
 from benchmarks.timing import machine, take_turns
 from csc_jax import methods
@@ -19,19 +21,21 @@ def run() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     print(machine())
-    steps, trained, images = {}, {}, {}
+    steps, trained, state, images = {}, {}, {}, {}
     for method in options.methods:
         built = build(options.config, method, options.classes, options.dtype)
         steps[method] = step_of(built)
-        trained[method] = count_parameters(built.abstract_state().trained)
+        shapes = built.abstract_state()
+        trained[method] = count_parameters(shapes.trained)
+        state[method] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
         images[method] = built.config.batch.labeled + built.config.batch.unlabeled
     timings = take_turns(steps, options.repeats)
     print(f"\nTrain step of {options.config}; temporaries are the compiler's, beside the state:\n")
-    print("| method | step, ms | fastest, ms | temporaries, MiB | trained, M | images a step |")
-    print("|---|---|---|---|---|---|")
+    columns = "method", "step, ms", "fastest, ms", "temporaries, MiB", "state, MiB", "trained, M"
+    print(f"| {' | '.join(columns)} | images a step |\n|{'---|' * (len(columns) + 1)}")
     for method, timing in timings.items():
         memory = "-" if timing.temporaries is None else f"{timing.temporaries / 2**20:.0f}"
         print(
             f"| {method} | {1e3 * timing.median:.0f} | {1e3 * min(timing.seconds):.0f} | {memory} "
-            f"| {trained[method] / 1e6:.2f} | {images[method]} |"
+            f"| {state[method] / 2**20:.0f} | {trained[method] / 1e6:.2f} | {images[method]} |"
         )
