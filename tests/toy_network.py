@@ -26,7 +26,8 @@ class ToyNetwork(nn.Module):
         deep = nn.BatchNorm(use_running_average=not train, name="bn")(deep)
         logits = nn.Conv(self.num_classes, (1, 1), name="classifier")(deep)
         project = nn.Conv(4, (1, 1), name="projection") if projection else None
-        return Outputs(logits, project(deep) if project else None, None, nn.avg_pool(deep, (4, 4)))
+        encoded = nn.avg_pool(deep, (4, 4), (4, 4))
+        return Outputs(logits, project(deep) if project else None, None, encoded)
 
 
 def toy_method(**overrides):
