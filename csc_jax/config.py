@@ -104,6 +104,15 @@ def default_config() -> ConfigDict:
         100.0,
     )  # teacher entropy, first to last step (entropy)
 
+    c.method.cps = ConfigDict()  # Chen et al., CVPR 2021
+    c.method.cps.weight = 1.5  # lambda, of L_cps; 1.5 on VOC, 6 on Cityscapes (their Sec. 4)
+    c.method.cps.cutmix = True  # their CPS + CutMix; False = CPS on the images as they are
+
+    c.method.mean_teacher = ConfigDict()  # Tarvainen and Valpola, NeurIPS 2017, their Appendix B.1
+    c.method.mean_teacher.weight = 100.0  # of the consistency loss
+    c.method.mean_teacher.ramp_up = 0.25  # share of training (theirs: 40,000 of 150,000 steps)
+    c.method.mean_teacher.noise = 0.15  # deviation of the input noise, after normalisation
+
     c.contrast = ConfigDict()  # the paper's module, part of csc; Tables I to IV switch its parts
     c.contrast.weight = 1.0  # lambda_c (Eq. 1, decisions.md 17)
     c.contrast.start = 0  # step from which L_p or L_c counts (decisions.md 11)
@@ -217,6 +226,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "method.pseudo_label.floor": (0, 1),
     "method.pseudo_label.gamma": (0, math.inf),
     "method.pseudo_label.confidence_ema": (0, 1),
+    "method.cps.weight": (0, math.inf),
+    "method.mean_teacher.weight": (0, math.inf),
+    "method.mean_teacher.ramp_up": (0, 1),
+    "method.mean_teacher.noise": (0, math.inf),
     "contrast.weight": (0, math.inf),
     "contrast.start": (0, math.inf),
     "contrast.top_n": (0, math.inf),

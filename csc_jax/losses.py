@@ -38,7 +38,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def ohem_cross_entropy(
-    logits: Array, labels: Array, *, threshold: float = 0.7, min_kept: int = 100_000
+    logits: Array, labels: Array, *, threshold: float | Array = 0.7, min_kept: int = 100_000
 ) -> Array:
     """Returns the mean cross entropy over the hard pixels (decisions.md 21), () float32.
 

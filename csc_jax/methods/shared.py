@@ -16,6 +16,43 @@ def teacher_decay(step: Array, start: int, limit: float) -> Array:
     return jnp.minimum(1.0 - 1.0 / (t + 1.0), limit)
 
 
+def ramp_up(step: Array, start: int, length: float) -> Array:
+    """Returns exp(-5 (1 - x)^2) with x from 0 at `start` to 1 after `length` steps; before it 0.
+
+    The sigmoid-shaped weight of Laine and Aila (2017) that mean_teacher, cct and gct share.
+    """
+    x = jnp.clip((step - start) / length, 0.0, 1.0) if length else jnp.ones(())
+    return jnp.where(step >= start, jnp.exp(-5.0 * (1.0 - x) ** 2), 0.0)
+
+
+def consistency(logits: Array, target: Array, counted: Array) -> Array:
+    """Returns the mean squared difference of the softmax from `target`, () float32.
+
+    Args:
+      logits: (B, h, w, C).
+      target: (B, h, w, C) probabilities, taken as constant.
+      counted: (B, h, w) bool; the mean runs over these pixels and all classes.
+    """
+    difference = jax.nn.softmax(logits) - jax.lax.stop_gradient(target)
+    return masked_mean(jnp.mean(difference**2, axis=-1), counted)
+
+
+def masked_mean(x: Array, counted: Array) -> Array:
+    """Returns the mean of x over the pixels `counted`, both (B, h, w); 0 without any."""
+    return jnp.sum(jnp.where(counted, x, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def likeliest(probabilities: Array, inside: Array, threshold: float = 0.0) -> Array:
+    """Returns the arg max of (B, H, W, C) as (B, H, W) int32, 255 below `threshold` or outside.
+
+    A method that teaches with every pixel, or with soft targets, has no mask M. It hands what
+    reaches `method.pseudo_label.threshold` to a contrastive module on top.
+    """
+    labels = jnp.argmax(probabilities, axis=-1).astype(jnp.int32)
+    kept = inside & (jnp.max(probabilities, axis=-1) >= threshold)
+    return jnp.where(kept, labels, losses.IGNORE)
+
+
 def size_of(x: Array) -> tuple[int, int]:
     """Returns (height, width) of (B, H, W, ...)."""
     return x.shape[1], x.shape[2]
