@@ -108,10 +108,36 @@ def default_config() -> ConfigDict:
     c.method.cps.weight = 1.5  # lambda, of L_cps; 1.5 on VOC, 6 on Cityscapes (their Sec. 4)
     c.method.cps.cutmix = True  # their CPS + CutMix; False = CPS on the images as they are
 
+    c.method.fixmatch = ConfigDict()  # Sohn et al., NeurIPS 2020
+    c.method.fixmatch.threshold = 0.95  # probability that a pseudo-label must reach (UniMatch)
+
     c.method.mean_teacher = ConfigDict()  # Tarvainen and Valpola, NeurIPS 2017, their Appendix B.1
     c.method.mean_teacher.weight = 100.0  # of the consistency loss
     c.method.mean_teacher.ramp_up = 0.25  # share of training (theirs: 40,000 of 150,000 steps)
     c.method.mean_teacher.noise = 0.15  # deviation of the input noise, after normalisation
+
+    c.method.u2pl = ConfigDict()  # Wang et al., CVPR 2022
+    c.method.u2pl.percentile = (80.0, 100.0)  # entropy of reliable pixels, first to last step
+    c.method.u2pl.low_entropy = 20.0  # alpha_0, percent of anchors and negatives, falls to 0
+    c.method.u2pl.anchor_probability = 0.3  # delta_p, that an anchor has for its class
+    c.method.u2pl.ranks = (3, 20)  # r_l, r_h, ranks of a class for which a pixel is a negative
+    c.method.u2pl.queue_size = 30_000  # negatives kept of each class
+    c.method.u2pl.queue_size_first = 50_000  # of class 0
+    c.method.u2pl.anchors = 256  # M, per class
+    c.method.u2pl.negatives = 50  # N, per anchor
+    c.method.u2pl.temperature = 0.5  # tau
+    c.method.u2pl.weight = 1.0  # lambda_c
+    c.method.u2pl.prototype_ema = False  # average prototypes over steps (an option of their code)
+
+    c.method.unimatch = ConfigDict()  # Yang et al., CVPR 2023
+    c.method.unimatch.threshold = 0.95  # probability that a pseudo-label must reach
+    c.method.unimatch.feature_dropout = 0.5  # share of the channels (their Sec. 3.2)
+    c.method.unimatch.strong_weight = 0.25  # of each of the two strong views
+    c.method.unimatch.feature_weight = 0.5  # of the view with perturbed features
+
+    c.method.unimatch_v2 = ConfigDict()  # Yang et al., TPAMI 2025
+    c.method.unimatch_v2.threshold = 0.95  # probability that a pseudo-label must reach
+    c.method.unimatch_v2.dropped = 0.5  # share of images that lose channels
 
     c.contrast = ConfigDict()  # the paper's module, part of csc; Tables I to IV switch its parts
     c.contrast.weight = 1.0  # lambda_c (Eq. 1, decisions.md 17)
@@ -227,9 +253,24 @@ _RANGES: dict[str, tuple[float, float]] = {
     "method.pseudo_label.gamma": (0, math.inf),
     "method.pseudo_label.confidence_ema": (0, 1),
     "method.cps.weight": (0, math.inf),
+    "method.fixmatch.threshold": (0, 1),
     "method.mean_teacher.weight": (0, math.inf),
     "method.mean_teacher.ramp_up": (0, 1),
     "method.mean_teacher.noise": (0, math.inf),
+    "method.u2pl.low_entropy": (0, 100),
+    "method.u2pl.anchor_probability": (0, 1),
+    "method.u2pl.queue_size": (1, math.inf),
+    "method.u2pl.queue_size_first": (1, math.inf),
+    "method.u2pl.anchors": (1, math.inf),
+    "method.u2pl.negatives": (1, math.inf),
+    "method.u2pl.temperature": (1e-6, math.inf),
+    "method.u2pl.weight": (0, math.inf),
+    "method.unimatch.threshold": (0, 1),
+    "method.unimatch.feature_dropout": (0, 0.999),
+    "method.unimatch.strong_weight": (0, math.inf),
+    "method.unimatch.feature_weight": (0, math.inf),
+    "method.unimatch_v2.threshold": (0, 1),
+    "method.unimatch_v2.dropped": (0, 1),
     "contrast.weight": (0, math.inf),
     "contrast.start": (0, math.inf),
     "contrast.top_n": (0, math.inf),
@@ -271,6 +312,8 @@ _LENGTHS = {
     "data.std": 3,
     "data.synthetic.size": 2,
     "method.pseudo_label.percentile": 2,
+    "method.u2pl.percentile": 2,
+    "method.u2pl.ranks": 2,
     "eval.window": 2,
 }
 

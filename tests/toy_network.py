@@ -9,7 +9,7 @@ from tiny import CLASSES, tiny_config
 from csc_jax import config as config_lib
 from csc_jax import methods, sharding
 from csc_jax.methods.base import Task
-from csc_jax.models import Outputs
+from csc_jax.models import Features, Outputs
 from csc_jax.optimizer import combine
 from csc_jax.train_step import compile_init
 
@@ -24,6 +24,8 @@ class ToyNetwork(nn.Module):
         pooled = nn.avg_pool(x, (4, 4), (4, 4))
         deep = nn.Conv(8, (1, 1), name="body")(pooled)
         deep = nn.BatchNorm(use_running_average=not train, name="bn")(deep)
+        if perturb is not None:
+            deep = perturb(Features(deep, deep, deep)).deep
         logits = nn.Conv(self.num_classes, (1, 1), name="classifier")(deep)
         project = nn.Conv(4, (1, 1), name="projection") if projection else None
         encoded = nn.avg_pool(deep, (4, 4), (4, 4))
