@@ -104,12 +104,40 @@ def default_config() -> ConfigDict:
         100.0,
     )  # teacher entropy, first to last step (entropy)
 
+    c.method.cct = ConfigDict()  # Ouali et al., CVPR 2020, and the values of their code
+    c.method.cct.weight = 30.0  # omega_u, of the consistency loss
+    c.method.cct.ramp_up = 0.1  # share of training
+    c.method.cct.annealed = False  # annealed bootstrapped cross entropy as L_s (their Sec. 3.2)
+    c.method.cct.background = 0  # class id that Con-Msk, Obj-Msk and G-Cutout take for no object
+    c.method.cct.con_msk = 2  # auxiliary decoders under context masking
+    c.method.cct.dropout = 6  # under spatial dropout
+    c.method.cct.f_drop = 6  # under feature drop
+    c.method.cct.f_noise = 6  # under feature noise
+    c.method.cct.g_cutout = 6  # under guided cutout
+    c.method.cct.i_vat = 2  # under the adversarial perturbation
+    c.method.cct.obj_msk = 2  # under object masking
+    c.method.cct.dropout_rate = 0.5  # probability of a channel (dropout)
+    c.method.cct.drop_range = (0.6, 0.9)  # of gamma, as a ratio of the most active pixel (f_drop)
+    c.method.cct.noise = 0.3  # the noise is uniform in ± this, as a ratio of the feature (f_noise)
+    c.method.cct.erase = 0.4  # sides of the hole, as a ratio of those of the object (g_cutout)
+    c.method.cct.epsilon = 2.0  # norm of the perturbation of an image's features (i_vat)
+
     c.method.cps = ConfigDict()  # Chen et al., CVPR 2021
     c.method.cps.weight = 1.5  # lambda, of L_cps; 1.5 on VOC, 6 on Cityscapes (their Sec. 4)
     c.method.cps.cutmix = True  # their CPS + CutMix; False = CPS on the images as they are
 
     c.method.fixmatch = ConfigDict()  # Sohn et al., NeurIPS 2020
     c.method.fixmatch.threshold = 0.95  # probability that a pseudo-label must reach (UniMatch)
+
+    c.method.gct = ConfigDict()  # Ke et al., ECCV 2020, and the values of their code
+    c.method.gct.correction = 1.0  # weight of the flaw correction constraint
+    c.method.gct.consistency = 100.0  # weight of the dynamic consistency constraint
+    c.method.gct.ramp_up = 0.15  # of that weight, share of training (theirs: 3 of 20 epochs)
+    c.method.gct.threshold = 0.6  # xi, flaw probability above which a prediction is bad
+    c.method.gct.detector_weight = 10.0  # of the flaw detector's loss
+    c.method.gct.detector_rate = 1e-4  # learning rate of the flaw detector at step 0, Adam
+    c.method.gct.detector_width = 64  # channels of the flaw detector's first layer
+    c.method.gct.repeats = 1  # nu, times that a flaw map is dilated and blurred again
 
     c.method.mean_teacher = ConfigDict()  # Tarvainen and Valpola, NeurIPS 2017, their Appendix B.1
     c.method.mean_teacher.weight = 100.0  # of the consistency loss
@@ -127,7 +155,6 @@ def default_config() -> ConfigDict:
     c.method.u2pl.negatives = 50  # N, per anchor
     c.method.u2pl.temperature = 0.5  # tau
     c.method.u2pl.weight = 1.0  # lambda_c
-    c.method.u2pl.prototype_ema = False  # average prototypes over steps (an option of their code)
 
     c.method.unimatch = ConfigDict()  # Yang et al., CVPR 2023
     c.method.unimatch.threshold = 0.95  # probability that a pseudo-label must reach
@@ -252,8 +279,29 @@ _RANGES: dict[str, tuple[float, float]] = {
     "method.pseudo_label.floor": (0, 1),
     "method.pseudo_label.gamma": (0, math.inf),
     "method.pseudo_label.confidence_ema": (0, 1),
+    "method.cct.weight": (0, math.inf),
+    "method.cct.ramp_up": (0, 1),
+    "method.cct.con_msk": (0, math.inf),
+    "method.cct.dropout": (0, math.inf),
+    "method.cct.f_drop": (0, math.inf),
+    "method.cct.f_noise": (0, math.inf),
+    "method.cct.g_cutout": (0, math.inf),
+    "method.cct.i_vat": (0, math.inf),
+    "method.cct.obj_msk": (0, math.inf),
+    "method.cct.dropout_rate": (0, 0.999),
+    "method.cct.noise": (0, math.inf),
+    "method.cct.erase": (0, 1),
+    "method.cct.epsilon": (0, math.inf),
     "method.cps.weight": (0, math.inf),
     "method.fixmatch.threshold": (0, 1),
+    "method.gct.correction": (0, math.inf),
+    "method.gct.consistency": (0, math.inf),
+    "method.gct.ramp_up": (0, 1),
+    "method.gct.threshold": (0, 1),
+    "method.gct.detector_weight": (0, math.inf),
+    "method.gct.detector_rate": (0, math.inf),
+    "method.gct.detector_width": (2, math.inf),
+    "method.gct.repeats": (0, math.inf),
     "method.mean_teacher.weight": (0, math.inf),
     "method.mean_teacher.ramp_up": (0, 1),
     "method.mean_teacher.noise": (0, math.inf),
@@ -314,6 +362,7 @@ _LENGTHS = {
     "method.pseudo_label.percentile": 2,
     "method.u2pl.percentile": 2,
     "method.u2pl.ranks": 2,
+    "method.cct.drop_range": 2,
     "eval.window": 2,
 }
 

@@ -83,9 +83,7 @@ def test_candidates_equal_the_slow_ones():
 
 def test_queues_are_first_in_first_out():
     rng = np.random.default_rng(2)
-    queues = u2pl.Queues(
-        jnp.zeros((sum(SIZES), 1)), jnp.zeros(3, int), jnp.zeros(3, int), jnp.zeros((3, 1))
-    )
+    queues = u2pl.Queues(jnp.zeros((sum(SIZES), 1)), jnp.zeros(3, int), jnp.zeros(3, int))
     expected = [[], [], []]
     for step in range(6):
         features = 100.0 * step + np.arange(1.0, 9.0)[:, None]

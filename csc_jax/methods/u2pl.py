@@ -36,7 +36,6 @@ class Queues(struct.PyTreeNode):
     features: Array  # (R, D) float32, the rings one after the other
     count: Array  # (C,) int32, filled places
     cursor: Array  # (C,) int32, next place to be written, from the start of its ring
-    prototypes: Array  # (C, D) float32, EMA of the positives; zeros where there was none yet
 
 
 class Candidates(struct.PyTreeNode):
@@ -59,7 +58,6 @@ class U2PL(Method):
             features=jnp.zeros((sum(self._sizes()), dim)),
             count=jnp.zeros((classes,), jnp.int32),
             cursor=jnp.zeros((classes,), jnp.int32),
-            prototypes=jnp.zeros((classes, dim)),
         )
 
     def loss(
@@ -184,12 +182,6 @@ class U2PL(Method):
         weight = candidates.anchors.astype(jnp.float32)  # (C, N)
         count = jnp.sum(weight, axis=1)
         positives = weight @ teacher / jnp.maximum(count, 1.0)[:, None]  # (C, D)
-        if config.prototype_ema:
-            seen = jnp.any(queues.prototypes != 0, axis=1)
-            decay = jnp.where(seen, 0.999, 0.0) * jnp.where(count > 0, 1.0, seen)
-            positives = decay[:, None] * queues.prototypes + (1.0 - decay)[:, None] * positives
-            kept = jnp.where((count > 0)[:, None], positives, queues.prototypes)
-            queues = queues.replace(prototypes=kept)
         starts = jnp.asarray([sum(sizes[:c]) for c in range(len(sizes))], jnp.int32)
         anchor_key, negative_key = jax.random.split(key)
         classes = len(sizes)
