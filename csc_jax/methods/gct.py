@@ -12,8 +12,8 @@ What differs: the detector's stride-1 layers keep the size of their input, where
 each, so that smaller crops do (32 px make a map of one pixel, 64 px one of four); it sees the maps
 of both networks as one batch; a pixel without a label counts as no flaw in its target, 0.5 in
 theirs; padding is left out of every loss. Before `method.supervised_only` networks and detector
-learn from labels alone. Networks, schedule and supervised loss are those of every other row; what is
-evaluated is the EMA of the first network, the student, theirs is that network itself
+learn from labels alone. Networks, schedule and supervised loss are those of every other row; what
+is evaluated is the EMA of the first network, the student, theirs is that network itself
 (`eval.network`).
 """
 
