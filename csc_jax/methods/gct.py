@@ -8,11 +8,13 @@ correction: where both are bad, the flaw map is pushed to 0). Constants are thos
 code (PixelSSL, semantic segmentation on VOC); so are the detector's layers, its Adam with betas 0.9
 and 0.99, and the blurs, whose size goes with the image's.
 
-What differs: the detector's stride-1 layers keep the size of their input, so that it takes crops of
-32 px; it sees the maps of both networks as one batch; a pixel without a label counts as no flaw in
-its target, 0.5 in theirs; padding is left out of every loss. Networks, schedule and supervised loss
-are those of every other row; what is evaluated is the EMA of the first network, the student, theirs
-is that network itself (`eval.network`).
+What differs: the detector's stride-1 layers keep the size of their input, where theirs lose a pixel
+each, so that smaller crops do (32 px make a map of one pixel, 64 px one of four); it sees the maps
+of both networks as one batch; a pixel without a label counts as no flaw in its target, 0.5 in
+theirs; padding is left out of every loss. Before `method.supervised_only` networks and detector
+learn from labels alone. Networks, schedule and supervised loss are those of every other row; what
+is evaluated is the EMA of the first network, the student, theirs is that network itself
+(`eval.network`).
 """
 
 from typing import Any, cast
@@ -186,7 +188,7 @@ class FlawDetector(nn.Module):
         size = (x.shape[1], x.shape[2])
         layers = ((1, 2), (2, 2), (2, 1), (4, 2), (4, 1), (8, 2), (8, 1))  # width factor, stride
         for i, (factor, stride) in enumerate(layers, 1):
-            x = _Conv4(factor * self.width, stride, name=f"conv{i}")(x)
+            x = _Conv4(factor * self.width, stride, use_bias=False, name=f"conv{i}")(x)
             # Half of the channels are normalised over the batch, half over their own image.
             half = x.shape[-1] // 2
             batch = BatchNorm(name=f"bn{i}")(x[..., :half], train)
@@ -201,6 +203,7 @@ class _Conv4(nn.Module):
 
     features: int
     stride: int
+    use_bias: bool = True  # without effect before a normalisation
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -210,6 +213,7 @@ class _Conv4(nn.Module):
             (4, 4),
             self.stride,
             padding=(pad, pad),
+            use_bias=self.use_bias,
             kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
             name="conv",
         )(x)
