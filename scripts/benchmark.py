@@ -3,6 +3,7 @@
 Command:    python scripts/benchmark.py contrast [--bank_size=2000 …]
             python scripts/benchmark.py step [--config=configs/camvid.py …]
             python scripts/benchmark.py data [--config=configs/cityscapes.py --root=DIR …]
+            python scripts/benchmark.py health [--config=configs/synthetic.py …]
 Each takes --help. The candidates of a table take turns within one run, so that a machine which
 slows down slows all of them down.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SUBJECTS = ("contrast", "step", "data")
+SUBJECTS = ("contrast", "step", "data", "health")
 
 
 def run() -> int:

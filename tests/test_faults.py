@@ -159,9 +159,14 @@ def test_a_disk_that_fills_up_in_a_checkpoint_costs_only_that_one(whole, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "name", ["run/metadata", "loop/metadata", "state/_METADATA", "state/manifest.ocdbt"]
+    ("name", "damage"),
+    [
+        ("run/metadata", "deleted"),
+        ("loop/metadata", "truncated"),
+        ("state/_METADATA", "truncated"),
+        ("state/manifest.ocdbt", "deleted"),
+    ],
 )
-@pytest.mark.parametrize("damage", ["deleted", "truncated"])
 def test_a_checkpoint_with_one_damaged_file_gives_way(whole, tmp_path, caplog, name, damage):
     shutil.copytree(whole[1] / "checkpoints", tmp_path / "checkpoints")
     path = tmp_path / "checkpoints" / "4" / name
@@ -305,7 +310,7 @@ def test_evaluation_replaces_nothing(loaded, tmp_path, monkeypatch):
         list(data.eval_batches(source, 2))
 
 
-def test_a_run_that_loses_its_images_continues_after_a_repair(whole, tmp_path):
+def test_a_run_that_loses_its_images_keeps_its_checkpoint_and_can_be_repaired(whole, tmp_path):
     workdir, cache = tmp_path / "run", tmp_path / "cache"
     shutil.copytree(whole[1] / "checkpoints" / "2", workdir / "checkpoints" / "2")
     shutil.copytree(whole[0].data.cache_dir, cache)
@@ -317,26 +322,23 @@ def test_a_run_that_loses_its_images_continues_after_a_repair(whole, tmp_path):
     with Checkpointer(workdir, read_only=True) as checkpointer:
         assert checkpointer.latest_step() == 2
     shutil.rmtree(next(cache.glob("synthetic-*")))  # as the message says
-    scores = train(config, workdir)
-    np.testing.assert_array_equal(scores.confusion, whole[2].confusion)
+    assert unreadable(data.load(config.data).sources["train"]) == []
 
 
 # ---- Everything else -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["TensorBoard's folder", "clock"])
-def test_training_goes_on(whole, tmp_path, monkeypatch, caplog, capsys, fault):
-    if fault == "clock":  # jumps back by an hour at every look
-        clock = itertools.count(1_700_000_000, -3600)
-        monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-        monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 10**9)
-    else:
-        (tmp_path / "tensorboard").write_text("in the way")
+def test_training_goes_on_without_tensorboard_and_with_a_clock_that_runs_backwards(
+    whole, tmp_path, monkeypatch, caplog, capsys
+):
+    (tmp_path / "tensorboard").write_text("in the way")
+    clock = itertools.count(1_700_000_000, -3600)  # an hour at every look
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 10**9)
     scores = train(whole[0], tmp_path)
     monkeypatch.undo()
     assert_as_without_fault(whole, tmp_path, scores)
-    warned = caplog.text.count("TensorBoard cannot be written")
-    assert warned == (fault != "clock")
+    assert caplog.text.count("TensorBoard cannot be written") == 1
     rates = [r.get("train/images_per_second", 1.0) for r in writers.read_metrics(tmp_path)]
     assert all(0 < rate < 1e6 for rate in rates)
     lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
