@@ -39,6 +39,7 @@ def default_config() -> ConfigDict:
     c.data.threads = 0  # that read and decode, in each process; 0 = one for each CPU, all together
     c.data.prefetch = 0  # batches, labelled and unlabelled together, made ahead; 0 = 2 a thread
     c.data.workers = 0  # worker processes of the host pipeline, fixed for a run; 0 = threads only
+    c.data.max_unreadable = 10  # train images damaged since they were prepared that a run endures
     c.data.cityscapes = ConfigDict()  # only read when data.name is cityscapes
     c.data.cityscapes.extra = False  # leftImg8bit/train_extra as unlabelled images as well
     c.data.pascal_voc = ConfigDict()  # only read when data.name is pascal_voc
@@ -259,6 +260,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.threads": (0, math.inf),
     "data.prefetch": (0, math.inf),
     "data.workers": (0, math.inf),
+    "data.max_unreadable": (0, math.inf),
     "data.synthetic.weather": (0, 1),
     "batch.labeled": (1, math.inf),
     "batch.unlabeled": (1, math.inf),
@@ -410,6 +412,7 @@ def validate(config: ConfigDict) -> None:
 # What may change from one part of a run to the next: none of it alters the state.
 _MAY_CHANGE = (
     *("data.root", "data.cache_dir", "data.threads", "data.prefetch", "data.workers"),
+    "data.max_unreadable",
     *("batch.eval", "train.steps", "train.log_every", "train.eval_every", "train.panels"),
     *("model.remat", "train.max_rejected", "eval.", "checkpoint.", "parallel.", "debug.", "wandb"),
 )
