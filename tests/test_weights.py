@@ -353,4 +353,4 @@ def test_published_weights_are_evaluated_and_exported_again(tmp_path):
 
     scores = score.score(config, workdir, "latest")
     assert 0 <= scores.miou <= 1
-    assert (workdir / "scores_teacher_val_0.json").is_file()
+    assert (workdir / "evaluation" / "val_teacher_0_whole.json").is_file()
