@@ -42,11 +42,12 @@ audit: $(READY)  ## Look the pinned packages up in the database of known vulnera
 	@$(AUDIT)/bin/pip install --quiet --disable-pip-version-check "pip-audit>=2.9,<3" || { \
 		echo "Nothing was audited: pip-audit cannot be installed from here." >&2; exit 1; }
 	@rm -f $(AUDIT)/report
-	@# It ends with 1 both for a finding, which it writes down, and where it cannot ask.
-	@$(AUDIT)/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip \
+	@# Strict, as it would else pass over a package that it cannot ask about. It ends with 1 both for
+	@# a finding, which it writes down, and where it cannot ask.
+	@$(AUDIT)/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip --strict \
 		--progress-spinner off --output $(AUDIT)/report || { \
 		if [ -s $(AUDIT)/report ]; then cat $(AUDIT)/report; else \
-			echo "Nothing was audited: the database cannot be asked from here." >&2; fi; exit 1; }
+			echo "The audit failed: the database cannot be asked from here." >&2; fi; exit 1; }
 
 clean:  ## Remove the environment and all caches; keeps runs/
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

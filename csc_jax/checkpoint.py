@@ -254,7 +254,8 @@ class Checkpointer:
             yield
         # TensorStore reports a full disk as ValueError.
         except (OSError, ValueError, RuntimeError) as error:
-            whole = self._manager.all_steps(read=True)
+            self._manager.reload()
+            whole = self._manager.all_steps()
             left = f"from step {max(whole)}, the last whole one" if whole else "from the start"
             raise UserError(
                 f"A checkpoint in {self.directory} cannot be written: {_brief(error)}. Make "
