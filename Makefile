@@ -11,8 +11,9 @@ ARGS ?=
 RUN = $(VENV)/bin/python -m
 READY = $(VENV)/.ready
 UNFINISHED = $(VENV)/.unfinished
+AUDIT = $(VENV)/audit
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format audit clean
 .DEFAULT_GOAL := help
 
 help:  ## Print this list
@@ -35,6 +36,18 @@ lint: $(READY)  ## Check format, style and types
 format: $(READY)  ## Format the code and repair what can be repaired
 	$(RUN) ruff format
 	$(RUN) ruff check --fix
+
+audit: $(READY)  ## Look the pinned packages up in the database of known vulnerabilities
+	@"$(VENV)/bin/python" -m venv $(AUDIT)
+	@$(AUDIT)/bin/pip install --quiet --disable-pip-version-check "pip-audit>=2.9,<3" || { \
+		echo "Nothing was audited: pip-audit cannot be installed from here." >&2; exit 1; }
+	@rm -f $(AUDIT)/report
+	@# Strict, as it would else pass over a package that it cannot ask about. It ends with 1 both for
+	@# a finding, which it writes down, and where it cannot ask.
+	@$(AUDIT)/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip --strict \
+		--progress-spinner off --output $(AUDIT)/report || { \
+		if [ -s $(AUDIT)/report ]; then cat $(AUDIT)/report; else \
+			echo "The audit failed: the database cannot be asked from here." >&2; fi; exit 1; }
 
 clean:  ## Remove the environment and all caches; keeps runs/
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

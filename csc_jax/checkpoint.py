@@ -5,16 +5,19 @@ a restart would take for a checkpoint.
 """
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -42,6 +45,8 @@ class Checkpointer:
 
     def __init__(self, workdir: Path, keep: int = 2, *, read_only: bool = False):
         self._read_only = read_only
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._saving: Future | None = None
         directory = Path(workdir).absolute() / "checkpoints"
         self.directory = directory
         policy = AnyPreservationPolicy(
@@ -103,7 +108,7 @@ class Checkpointer:
         miou: float | None,
         probe: jax.Array | None = None,
     ) -> None:
-        """Starts writing; returns once the arrays have left the device.
+        """Starts writing; returns once the arrays are copied to the host.
 
         Args:
           step: optimizer steps done.
@@ -119,9 +124,14 @@ class Checkpointer:
         Raises:
           UserError: it cannot be written, or the one before could not.
         """
+        if jax.process_count() == 1:
+            # A copy, as the next step overwrites the buffers. Orbax makes one itself, but only
+            # after ten times as long in Python (`benchmark.py health`), which a thread can take.
+            # Several processes wait for each other in there, which threads must not.
+            state = jax.tree.map(np.array, jax.device_get(state))
         items = {
             "state": ocp.args.StandardSave(state),
-            "loop": ocp.args.JsonSave(loop),
+            "loop": ocp.args.JsonSave(copy.deepcopy(loop)),
             "run": ocp.args.JsonSave(run),
         }
         if probe is not None:
@@ -129,7 +139,13 @@ class Checkpointer:
         arguments = ocp.args.Composite(**items)
         metrics = None if miou is None else {"miou": miou}
         with self._explained():
-            self._manager.save(step, args=arguments, metrics=metrics)
+            self._join()
+            if jax.process_count() == 1:
+                self._saving = self._thread.submit(
+                    self._manager.save, step, args=arguments, metrics=metrics
+                )
+            else:
+                self._manager.save(step, args=arguments, metrics=metrics)
 
     def restore(
         self,
@@ -208,11 +224,13 @@ class Checkpointer:
 
     def delete(self, step: int) -> None:
         """Removes a checkpoint, to be saved anew."""
+        self._join()
         self._manager.delete(step)
 
     def wait(self) -> None:
         """Returns when the writes under way are done; UserError where one failed."""
         with self._explained():
+            self._join()
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -220,7 +238,14 @@ class Checkpointer:
         try:
             self.wait()
         finally:
+            self._thread.shutdown()
             self._manager.close()
+
+    def _join(self) -> None:
+        """Returns when the thread has given the last checkpoint to Orbax; raises what it raised."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -229,7 +254,8 @@ class Checkpointer:
             yield
         # TensorStore reports a full disk as ValueError.
         except (OSError, ValueError, RuntimeError) as error:
-            whole = self._manager.all_steps(read=True)
+            self._manager.reload()
+            whole = self._manager.all_steps()
             left = f"from step {max(whole)}, the last whole one" if whole else "from the start"
             raise UserError(
                 f"A checkpoint in {self.directory} cannot be written: {_brief(error)}. Make "

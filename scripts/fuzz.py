@@ -1,7 +1,7 @@
 """Feeds the readers of the user's files with hostile input; anything but a UserError is a crash.
 
 Command:    python scripts/fuzz.py [--examples=6000] [--seed=0]
-Run time:   3 minutes on one core
+Run time:   9 minutes on half a core
 
 Split lists, lists of Pascal VOC, class lists and label PNGs, made by hypothesis: arbitrary bytes,
 and well-formed files with their parts exchanged, repeated, cut off or turned. A crash is shown with

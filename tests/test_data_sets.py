@@ -1,13 +1,19 @@
 """What is found in the user's folder: layouts, archives, pools, class lists, and their faults."""
 
+import io
 import json
 import shutil
+import stat
+import struct
+import subprocess
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import trees
 from data_cases import changed, data_config
+from PIL import Image
 from trees import SIZE, picture, write_jpeg, write_palette_png, write_png, write_sbd_mat
 
 from csc_jax import data
@@ -132,6 +138,25 @@ def test_a_member_outside_its_archive_is_refused(tmp_path, name):
         data.load(data_config(tmp_path, name="cityscapes").data)
 
 
+def test_a_link_in_an_archive_is_not_followed(tmp_path):
+    tree = trees.cityscapes_tree(tmp_path / "unpacked", per_city=1)
+    root = tmp_path / "root"
+    trees.zip_tree(tree, root / "leftImg8bit_trainvaltest.zip", ("leftImg8bit",))
+    secret = write_png(tmp_path / "secret.png", np.full(SIZE, 7, np.uint8))  # a valid label
+    labels = trees.zip_tree(tree, tmp_path / "labels.zip", ("gtFine",))
+    with (
+        zipfile.ZipFile(labels) as old,
+        zipfile.ZipFile(root / "gtFine_trainvaltest.zip", "w") as new,
+    ):
+        *others, last = old.infolist()
+        for info in others:
+            new.writestr(info, old.read(info))
+        last.external_attr = (stat.S_IFLNK | 0o777) << 16
+        new.writestr(last, str(secret))
+    with pytest.raises(UserError, match=r"holds 1 images .*labelIds\.png is corrupt"):
+        data.load(data_config(tmp_path, name="cityscapes").data)
+
+
 def test_damaged_archives_are_named(tmp_path):
     tree = trees.cityscapes_tree(tmp_path / "unpacked", per_city=2)
     root = tmp_path / "root"
@@ -219,6 +244,32 @@ def test_pascal_voc_lists_may_be_those_of_file_pairs(tmp_path):
     trees.write_lines(listing, [f"/JPEGImages/{i}.jpg /SegmentationClassAug/{i}.png" for i in ids])
     config = data_config(tmp_path, name="pascal_voc").data
     assert set(data.load(config).sources["train"].ids) == set(ids)
+
+
+@pytest.mark.parametrize(
+    "entry", ["../../secret.jpg", "/etc/secret", "/JPEGImages/../../secret.jpg", ".."]
+)
+def test_pascal_voc_lists_name_no_file_elsewhere(tmp_path, entry):
+    root = trees.voc_tree(tmp_path / "root")
+    voc = root / "VOCdevkit/VOC2012"
+    for folder_ in (root, voc, tmp_path):
+        write_jpeg(folder_ / "secret.jpg", picture(0))
+    trees.write_lines(voc / "ImageSets/Segmentation/val.txt", [entry])
+    config = data_config(tmp_path, name="pascal_voc").data
+    (pair,) = pascal_voc.find(config).splits["val"]
+    assert pair.image.parent == voc / "JPEGImages"
+    assert pair.label.parent == voc / "SegmentationClass"
+    with pytest.raises(UserError, match=r"holds 1 images that cannot be used.* has no label"):
+        data.load(config)
+
+
+@pytest.mark.parametrize("entry", [b"\xff", b"a\0b", b"x" * 300, b"\x1b[2J"])
+def test_pascal_voc_lists_hold_names(tmp_path, entry):
+    root = trees.voc_tree(tmp_path / "root")
+    path = root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
+    path.write_bytes(entry)
+    with pytest.raises(UserError, match=r"val\.txt (holds '.*no name|cannot be read as a text)"):
+        data.load(data_config(tmp_path, name="pascal_voc").data)
 
 
 def test_pascal_voc_palette_is_the_official_one():
@@ -310,6 +361,34 @@ def test_faults_of_class_lists_are_named(tmp_path, name, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         folder.read_classes(path)
+
+
+def test_halves_of_characters_and_bottomless_lists_are_named(tmp_path):
+    path = tmp_path / "classes.json"
+    for content in ('["a", "\\ud800"]', "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"classes\.json cannot be read"):
+            folder.read_classes(path)
+
+
+@pytest.mark.parametrize("kind", ["eps", "tiff"])
+def test_a_label_is_read_as_png_alone(tmp_path, monkeypatch, kind):
+    """For others Pillow starts programs (Ghostscript for EPS), or gives values that are no ids."""
+    stream = io.BytesIO()
+    pixels = np.zeros(SIZE, np.uint8 if kind == "eps" else np.float32)
+    Image.fromarray(pixels).save(stream, kind)
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **_: started.append(arguments))
+    assert codec.decode_stored_values(stream.getvalue(), ".png") is None
+    assert not started
+
+
+def test_an_image_that_promises_too_many_pixels_is_corrupt():
+    content = codec.encode_png(picture(0))
+    header = b"IHDR" + struct.pack(">II", 2**31 - 1, 2**31 - 1) + content[24:29]
+    huge = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+    assert codec.decode_image(huge) is None
+    assert codec.decode_image(b"") is None
 
 
 def test_names_and_colours_of_classes(tmp_path):

@@ -84,7 +84,6 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray | None:
-    try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:  # an empty buffer, or a header that promises far too many pixels
+    if not data:  # OpenCV raises on an empty buffer, and returns None for any other bad one
         return None
+    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
