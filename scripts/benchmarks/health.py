@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.step import _batch, _build, _load
+from benchmarks.step import build, random_batch
 from benchmarks.timing import Candidate, machine, table, take_turns
 from csc_jax import sharding, train
 from csc_jax.checkpoint import Checkpointer
@@ -28,15 +28,14 @@ def run() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(prog="benchmark.py health", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/synthetic.py"))
+    parser.add_argument("--method", default="csc")
     parser.add_argument("--classes", type=int, default=7, help="of the data set it is for")
     parser.add_argument("--repeats", type=int, default=20, help="of the steps")
     parser.add_argument("--saves", type=int, default=7)
     options = parser.parse_args()
     print(machine())
-    config = _load(options.config)
-    config.method.supervised_only = config.contrast.start = 0  # everything is in force at once
-    built = _build(config, options.classes)
-    batch = sharding.shard_batch(_batch(built), built.mesh)
+    built = build(options.config, options.method, options.classes, dtype=None)
+    batch = sharding.shard_batch(random_batch(built), built.mesh)
     state = built.compile_init()()
 
     steps = {"without checks": _bare_step, "train_step": train_step}

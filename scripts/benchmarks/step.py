@@ -61,7 +61,7 @@ def build(path: Path, method: str, classes: int, dtype: str | None) -> experimen
 
 def step_of(built: experiment.Experiment) -> Candidate:
     """Returns the compiled step, fed with its own state and one random batch."""
-    batch = sharding.shard_batch(_batch(built), built.mesh)
+    batch = sharding.shard_batch(random_batch(built), built.mesh)
     state = built.compile_init()()
     program = compile_step(built.method, built.tx, built.mesh).lower(state, batch).compile()
     memory = program.memory_analysis()
@@ -77,7 +77,8 @@ def step_of(built: experiment.Experiment) -> Candidate:
     return Candidate(call, None if memory is None else memory.temp_size_in_bytes)
 
 
-def _batch(built: experiment.Experiment) -> dict[str, dict[str, np.ndarray]]:
+def random_batch(built: experiment.Experiment) -> dict[str, dict[str, np.ndarray]]:
+    """Returns both halves, on the host, with every class in blocks of 8x8 px."""
     rng, config = np.random.default_rng(0), built.config
     height, width = config.data.crop_size
     halves = {}
