@@ -35,7 +35,7 @@ class _Launcher(NamedTuple):
     """How a process knows that it was started as one of several."""
 
     sets: tuple[str, ...]  # environment variables that are all there
-    count: str = ""  # one that holds their number or a list of hosts; "" = `sets` alone says so
+    number: str = ""  # one that holds their number or a list of hosts; "" = `sets` alone says so
 
 
 # Where `jax.distributed.initialize()` finds out by itself who the processes are.
@@ -59,8 +59,8 @@ def cluster(environment: Mapping[str, str]) -> str:
     Looks at environment variables and devices alone, so that it costs nothing on a laptop.
     """
     for name, launcher in _LAUNCHERS.items():
-        count = environment.get(launcher.count, "")
-        if launcher.count and not ("," in count or (count.isdigit() and int(count) > 1)):
+        number = environment.get(launcher.number, "")
+        if launcher.number and not ("," in number or (number.isdigit() and int(number) > 1)):
             continue
         if all(variable in environment for variable in launcher.sets):
             return name
