@@ -1,6 +1,7 @@
 """Several processes on this machine: started, stopped, killed, continued, compared with one."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -51,7 +52,7 @@ def get_config():
         parallel__devices=0,
         train__panels=1,
         train__steps=4,
-        train__eval_every=2,
+        train__eval_every=3,
         train__consistency_lag=2,
         checkpoint__every=1,
         checkpoint__keep=4,
@@ -103,14 +104,14 @@ class Runs:
         return [(process.returncode, text) for process, text in zip(both, output, strict=True)]
 
 
-def states(workdir, *steps):
-    """Returns what the checkpoints of these steps hold."""
+def saved(workdir, step):
+    """Returns what the checkpoint of a step holds."""
     with Checkpointer(workdir, read_only=True) as checkpointer:
         run = checkpointer.describe()
         config = config_lib.from_plain(run["config"])
         palette = np.asarray(run["palette"], np.uint8)
         like = build(config, tuple(run["class_names"]), palette).abstract_state()
-        return [checkpointer.restore(like, str(step)) for step in steps]
+        return checkpointer.restore(like, str(step))
 
 
 def assert_close(expected, found):
@@ -124,36 +125,31 @@ def assert_close(expected, found):
 
 def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path):
     runs = Runs(tmp_path)
-    alone = runs.start("alone", 4)
+    alone = runs.start("alone", 1)
     output = alone.communicate()[0]
     assert alone.returncode == 0, output
 
-    (status, output), (killed, _) = runs.pair("pair", told="reached 3 SIGKILL")
+    (status, output), (killed, _) = runs.pair("pair", told="reached 4 SIGKILL")  # step 3
     assert killed == -signal.SIGKILL
-    assert status == 1
-    assert "error: process 0 of 2 ends, and with it the run" in output
-    assert "The same commands continue from the last checkpoint" in output
+    # Whichever comes first: a broken connection, or JAX misses the other's heartbeat.
+    ends = {1: "error: process 0 of 2 ends, and with it the run", -signal.SIGABRT: "another task"}
+    assert ends[status] in output
 
-    # The second is told while the first evaluation is under way.
+    # The second is told while the first evaluation, at step 3, is under way.
     first, second = runs.pair("pair", told="interrupt_evaluation 1 SIGTERM")
     assert (first[0], second[0]) == (75, 75), first[1] + second[1]
-    assert "Stopped by a signal to another process after step 2 of 4" in first[1]
-    assert "Stopped by SIGTERM after step 2 of 4" in second[1]
-    assert "step 2/4  loss" in first[1]
-    assert "step 2/4  loss" not in second[1]
-    for expected, found in zip(
-        states(tmp_path / "alone", 2), states(tmp_path / "pair", 2), strict=True
-    ):
-        assert_close(expected, found)
+    assert re.search(r"4 x cpu of 2 processes; step [12] of 4 in", first[1])
+    assert "Stopped by a signal to another process after step 3 of 4" in first[1]
+    assert "Stopped by SIGTERM after step 3 of 4" in second[1]
+    assert "step 3/4  loss" in first[1]
+    assert "step 3/4  loss" not in second[1]
+    assert_close(saved(tmp_path / "alone", 3), saved(tmp_path / "pair", 3))
 
     # Another number of processes and devices.
     moved = runs.start("pair", 1)
     output = moved.communicate()[0]
     assert moved.returncode == 0, output
-    for expected, found in zip(
-        states(tmp_path / "alone", 3, 4), states(tmp_path / "pair", 3, 4), strict=True
-    ):
-        assert_close(expected, found)
+    assert_close(saved(tmp_path / "alone", 4), saved(tmp_path / "pair", 4))
     records = [writers.read_metrics(tmp_path / name) for name in ("alone", "pair")]
     for a, b in zip(*records, strict=True):
         assert a.keys() == b.keys()
@@ -161,7 +157,7 @@ def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path):
             near = a[key] is None or pytest.approx(a[key], rel=1e-3, abs=1e-4)
             assert b[key] == near or (a[key] is None and b[key] is None), (a["step"], key)
     files = {path.name for path in (tmp_path / "pair" / "plots").iterdir()}
-    assert files == {"curves.png", "panel_000002.png", "panel_000004.png"}
+    assert files == {"curves.png", "panel_000003.png", "panel_000004.png"}
 
 
 def test_an_error_of_the_first_process_is_one_of_all(tmp_path):
