@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     c.method.lambda_u = 1.0  # paper (decisions.md 17)
     c.method.pseudo_label.mode = "adaptive"  # decisions.md 13
     c.method.pseudo_label.threshold = 0.0  # decisions.md 13
+    c.method.cps.weight = 6.0  # Chen et al., Sec. 4
     c.contrast.weight = 1.0  # paper (decisions.md 17)
     c.contrast.top_n = 1  # paper, Table VI
     c.contrast.bank_size = 2000  # paper, Table VII

@@ -4,11 +4,13 @@ Orbax writes into a temporary directory and renames it when complete, so a crash
 a restart would take for a checkpoint.
 """
 
+import contextlib
 import dataclasses
 import logging
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,10 @@ class Checkpointer:
                 "--workdir of a training run."
             )
         try:
+            if not read_only:  # or it would show only at the first save
+                directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=directory):
+                    pass
             self._manager = ocp.CheckpointManager(
                 directory,
                 options=options,
@@ -109,6 +115,9 @@ class Checkpointer:
             not evaluated.
           probe: features that the next value of Cons is to be compared with, if there are any that
             a restart could not compute from the state.
+
+        Raises:
+          UserError: it cannot be written, or the one before could not.
         """
         items = {
             "state": ocp.args.StandardSave(state),
@@ -119,7 +128,8 @@ class Checkpointer:
             items["probe"] = ocp.args.ArraySave(probe)
         arguments = ocp.args.Composite(**items)
         metrics = None if miou is None else {"miou": miou}
-        self._manager.save(step, args=arguments, metrics=metrics)
+        with self._explained():
+            self._manager.save(step, args=arguments, metrics=metrics)
 
     def restore(
         self,
@@ -152,8 +162,7 @@ class Checkpointer:
                 raise
             # Orbax, TensorStore and the JSON reader each have exceptions of their own.
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                log.warning("The checkpoint of step %d cannot be read (%s)", step, reason)
+                log.warning("The checkpoint of step %d cannot be read (%s)", step, _brief(error))
                 if not self._read_only:
                     self._put_aside(step)
         raise UserError(
@@ -202,13 +211,31 @@ class Checkpointer:
         self._manager.delete(step)
 
     def wait(self) -> None:
-        """Returns when the writes under way are done."""
-        self._manager.wait_until_finished()
+        """Returns when the writes under way are done; UserError where one failed."""
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for writes under way."""
-        self.wait()
-        self._manager.close()
+        """Waits for writes under way; UserError where one failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns a failure to write into a UserError that says what is left."""
+        try:
+            yield
+        # TensorStore reports a full disk as ValueError.
+        except (OSError, ValueError, RuntimeError) as error:
+            whole = self._manager.all_steps(read=True)
+            left = f"from step {max(whole)}, the last whole one" if whole else "from the start"
+            raise UserError(
+                f"A checkpoint in {self.directory} cannot be written: {_brief(error)}. Make "
+                "room or grant access there, then give the same command again; it continues "
+                f"{left}."
+            ) from error
 
     def _step(self, which: str) -> int | None:
         if which == "latest":
@@ -241,6 +268,12 @@ class Checkpointer:
                 f"class count, model, method or bank?): {'; '.join(differences[:3])}{more}. Use "
                 "the config of that run or another --workdir."
             )
+
+
+def _brief(error: Exception) -> str:
+    """Both ends of the first line: TensorStore has the reason at the end, behind long paths."""
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:150]} … {line[-150:]}"
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -39,6 +39,7 @@ def default_config() -> ConfigDict:
     c.data.threads = 0  # that read and decode, in each process; 0 = one for each CPU, all together
     c.data.prefetch = 0  # batches, labelled and unlabelled together, made ahead; 0 = 2 a thread
     c.data.workers = 0  # worker processes of the host pipeline, fixed for a run; 0 = threads only
+    c.data.max_unreadable = 10  # train images damaged since they were prepared that a run endures
     c.data.cityscapes = ConfigDict()  # only read when data.name is cityscapes
     c.data.cityscapes.extra = False  # leftImg8bit/train_extra as unlabelled images as well
     c.data.pascal_voc = ConfigDict()  # only read when data.name is pascal_voc
@@ -103,6 +104,68 @@ def default_config() -> ConfigDict:
         80.0,
         100.0,
     )  # teacher entropy, first to last step (entropy)
+
+    c.method.cct = ConfigDict()  # Ouali et al., CVPR 2020, and the values of their code
+    c.method.cct.weight = 30.0  # omega_u, of the consistency loss
+    c.method.cct.ramp_up = 0.1  # share of training
+    c.method.cct.annealed = False  # annealed bootstrapped cross entropy as L_s (their Sec. 3.2)
+    c.method.cct.background = 0  # class id that Con-Msk, Obj-Msk and G-Cutout take for no object
+    c.method.cct.con_msk = 2  # auxiliary decoders under context masking
+    c.method.cct.dropout = 6  # under spatial dropout
+    c.method.cct.f_drop = 6  # under feature drop
+    c.method.cct.f_noise = 6  # under feature noise
+    c.method.cct.g_cutout = 6  # under guided cutout
+    c.method.cct.i_vat = 2  # under the adversarial perturbation
+    c.method.cct.obj_msk = 2  # under object masking
+    c.method.cct.dropout_rate = 0.5  # probability of a channel (dropout)
+    c.method.cct.drop_range = (0.6, 0.9)  # of gamma, as a ratio of the most active pixel (f_drop)
+    c.method.cct.noise = 0.3  # the noise is uniform in ± this, as a ratio of the feature (f_noise)
+    c.method.cct.erase = 0.4  # sides of the hole, as a ratio of those of the object (g_cutout)
+    c.method.cct.epsilon = 2.0  # norm of the perturbation of an image's features (i_vat)
+
+    c.method.cps = ConfigDict()  # Chen et al., CVPR 2021
+    c.method.cps.weight = 1.5  # lambda, of L_cps; 1.5 on VOC, 6 on Cityscapes (their Sec. 4)
+    c.method.cps.cutmix = True  # their CPS + CutMix; False = CPS on the images as they are
+
+    c.method.fixmatch = ConfigDict()  # Sohn et al., NeurIPS 2020
+    c.method.fixmatch.threshold = 0.95  # probability that a pseudo-label must reach (UniMatch)
+
+    c.method.gct = ConfigDict()  # Ke et al., ECCV 2020, and the values of their code
+    c.method.gct.correction = 1.0  # weight of the flaw correction constraint
+    c.method.gct.consistency = 100.0  # weight of the dynamic consistency constraint
+    c.method.gct.ramp_up = 0.15  # of that weight, share of training (theirs: 3 of 20 epochs)
+    c.method.gct.threshold = 0.6  # xi, flaw probability above which a prediction is bad
+    c.method.gct.detector_weight = 10.0  # of the flaw detector's loss
+    c.method.gct.detector_rate = 1e-4  # learning rate of the flaw detector at step 0, Adam
+    c.method.gct.detector_width = 64  # channels of the flaw detector's first layer
+    c.method.gct.repeats = 1  # nu, times that a flaw map is dilated and blurred again
+
+    c.method.mean_teacher = ConfigDict()  # Tarvainen and Valpola, NeurIPS 2017, their Appendix B.1
+    c.method.mean_teacher.weight = 100.0  # of the consistency loss
+    c.method.mean_teacher.ramp_up = 0.25  # share of training (theirs: 40,000 of 150,000 steps)
+    c.method.mean_teacher.noise = 0.15  # deviation of the input noise, after normalisation
+
+    c.method.u2pl = ConfigDict()  # Wang et al., CVPR 2022
+    c.method.u2pl.percentile = (80.0, 100.0)  # entropy of reliable pixels, first to last step
+    c.method.u2pl.low_entropy = 20.0  # alpha_0, percent of anchors and negatives, falls to 0
+    c.method.u2pl.anchor_probability = 0.3  # delta_p, that an anchor has for its class
+    c.method.u2pl.ranks = (3, 20)  # r_l, r_h, ranks of a class for which a pixel is a negative
+    c.method.u2pl.queue_size = 30_000  # negatives kept of each class
+    c.method.u2pl.queue_size_first = 50_000  # of class 0
+    c.method.u2pl.anchors = 256  # M, per class
+    c.method.u2pl.negatives = 50  # N, per anchor
+    c.method.u2pl.temperature = 0.5  # tau
+    c.method.u2pl.weight = 1.0  # lambda_c
+
+    c.method.unimatch = ConfigDict()  # Yang et al., CVPR 2023
+    c.method.unimatch.threshold = 0.95  # probability that a pseudo-label must reach
+    c.method.unimatch.feature_dropout = 0.5  # share of the channels (their Sec. 3.2)
+    c.method.unimatch.strong_weight = 0.25  # of each of the two strong views
+    c.method.unimatch.feature_weight = 0.5  # of the view with perturbed features
+
+    c.method.unimatch_v2 = ConfigDict()  # Yang et al., TPAMI 2025
+    c.method.unimatch_v2.threshold = 0.95  # probability that a pseudo-label must reach
+    c.method.unimatch_v2.dropped = 0.5  # share of images that lose channels
 
     c.contrast = ConfigDict()  # the paper's module, part of csc; Tables I to IV switch its parts
     c.contrast.weight = 1.0  # lambda_c (Eq. 1, decisions.md 17)
@@ -197,6 +260,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.threads": (0, math.inf),
     "data.prefetch": (0, math.inf),
     "data.workers": (0, math.inf),
+    "data.max_unreadable": (0, math.inf),
     "data.synthetic.weather": (0, 1),
     "batch.labeled": (1, math.inf),
     "batch.unlabeled": (1, math.inf),
@@ -217,6 +281,46 @@ _RANGES: dict[str, tuple[float, float]] = {
     "method.pseudo_label.floor": (0, 1),
     "method.pseudo_label.gamma": (0, math.inf),
     "method.pseudo_label.confidence_ema": (0, 1),
+    "method.cct.weight": (0, math.inf),
+    "method.cct.ramp_up": (0, 1),
+    "method.cct.con_msk": (0, math.inf),
+    "method.cct.dropout": (0, math.inf),
+    "method.cct.f_drop": (0, math.inf),
+    "method.cct.f_noise": (0, math.inf),
+    "method.cct.g_cutout": (0, math.inf),
+    "method.cct.i_vat": (0, math.inf),
+    "method.cct.obj_msk": (0, math.inf),
+    "method.cct.dropout_rate": (0, 0.999),
+    "method.cct.noise": (0, math.inf),
+    "method.cct.erase": (0, 1),
+    "method.cct.epsilon": (0, math.inf),
+    "method.cps.weight": (0, math.inf),
+    "method.fixmatch.threshold": (0, 1),
+    "method.gct.correction": (0, math.inf),
+    "method.gct.consistency": (0, math.inf),
+    "method.gct.ramp_up": (0, 1),
+    "method.gct.threshold": (0, 1),
+    "method.gct.detector_weight": (0, math.inf),
+    "method.gct.detector_rate": (0, math.inf),
+    "method.gct.detector_width": (2, math.inf),
+    "method.gct.repeats": (0, math.inf),
+    "method.mean_teacher.weight": (0, math.inf),
+    "method.mean_teacher.ramp_up": (0, 1),
+    "method.mean_teacher.noise": (0, math.inf),
+    "method.u2pl.low_entropy": (0, 100),
+    "method.u2pl.anchor_probability": (0, 1),
+    "method.u2pl.queue_size": (1, math.inf),
+    "method.u2pl.queue_size_first": (1, math.inf),
+    "method.u2pl.anchors": (1, math.inf),
+    "method.u2pl.negatives": (1, math.inf),
+    "method.u2pl.temperature": (1e-6, math.inf),
+    "method.u2pl.weight": (0, math.inf),
+    "method.unimatch.threshold": (0, 1),
+    "method.unimatch.feature_dropout": (0, 0.999),
+    "method.unimatch.strong_weight": (0, math.inf),
+    "method.unimatch.feature_weight": (0, math.inf),
+    "method.unimatch_v2.threshold": (0, 1),
+    "method.unimatch_v2.dropped": (0, 1),
     "contrast.weight": (0, math.inf),
     "contrast.start": (0, math.inf),
     "contrast.top_n": (0, math.inf),
@@ -258,6 +362,9 @@ _LENGTHS = {
     "data.std": 3,
     "data.synthetic.size": 2,
     "method.pseudo_label.percentile": 2,
+    "method.u2pl.percentile": 2,
+    "method.u2pl.ranks": 2,
+    "method.cct.drop_range": 2,
     "eval.window": 2,
 }
 
@@ -305,6 +412,7 @@ def validate(config: ConfigDict) -> None:
 # What may change from one part of a run to the next: none of it alters the state.
 _MAY_CHANGE = (
     *("data.root", "data.cache_dir", "data.threads", "data.prefetch", "data.workers"),
+    "data.max_unreadable",
     *("batch.eval", "train.steps", "train.log_every", "train.eval_every", "train.panels"),
     *("model.remat", "train.max_rejected", "eval.", "checkpoint.", "parallel.", "debug.", "wandb"),
 )

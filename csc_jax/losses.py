@@ -38,7 +38,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def ohem_cross_entropy(
-    logits: Array, labels: Array, *, threshold: float = 0.7, min_kept: int = 100_000
+    logits: Array, labels: Array, *, threshold: float | Array = 0.7, min_kept: int = 100_000
 ) -> Array:
     """Returns the mean cross entropy over the hard pixels (decisions.md 21), () float32.
 
@@ -77,3 +77,14 @@ def unsupervised_cross_entropy(logits: Array, labels: Array, counted: Array) -> 
     """
     loss = jnp.where(counted, pixel_cross_entropy(logits, labels), 0.0)
     return jnp.sum(loss) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def reweighted_cross_entropy(logits: Array, labels: Array) -> Array:
+    """Returns U2PL's L_u, () float32: mean cross entropy of the kept pixels x all / kept pixels.
+
+    Args:
+      logits: (B, H, W, C) float.
+      labels: (B, H, W) int, 255 where dropped. Without a kept pixel the loss is 0.
+    """
+    kept = jnp.sum(valid_pixels(labels, logits.shape[-1]))
+    return cross_entropy(logits, labels) * labels.size / jnp.maximum(kept, 1)

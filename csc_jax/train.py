@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -66,7 +65,7 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
 def _train(
     experiment: Experiment,
     partition: data.Partition,
-    iterator: grain.DatasetIterator,
+    iterator: data.TrainIterator,
     val: data.Source,
     checkpointer: Checkpointer,
     stop: StopRequest,
@@ -125,7 +124,7 @@ def _train(
             if step > start:
                 batch = shard_batch(next(iterator), experiment.mesh)
                 state, metrics = step_fn(state, batch)
-                recorder.add(step, metrics)
+                recorder.add(step, metrics, iterator.images)
                 if (cons := probe.measure(step, state)) is not None:
                     recorder.write(step, {"train/consistency": cons})
                 evaluation_due = step % config.train.eval_every == 0 or step == total
@@ -257,7 +256,8 @@ class _Recorder:
         self._progress = progress
         self._bank = _BankWatch(steps_per_epoch)
         self._max_rejected = config.train.max_rejected
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._steepest = (0.0, 0)  # largest finite gradient norm so far, and its step
+        self._pending: tuple[int, dict[str, jax.Array], dict[str, list[str]]] | None = None
         self._window: list[dict[str, float]] = []
         self.restart_clock()
 
@@ -265,10 +265,10 @@ class _Recorder:
         """Starts timing afresh, so that evaluation does not count as training time."""
         self._since = time.perf_counter()
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step just dispatched; fetches those of the one before."""
+    def add(self, step: int, metrics: dict[str, jax.Array], images: dict[str, list[str]]) -> None:
+        """Takes metrics of a step just dispatched, and its ids; fetches those of the one before."""
         self._fetch()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, images)
 
     def flush(self) -> None:
         """Fetches what is held back.
@@ -306,14 +306,16 @@ class _Recorder:
     def _fetch(self) -> None:
         if self._pending is None:
             return
-        step, on_device = self._pending
+        step, on_device, images = self._pending
         self._pending = None
         metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
         self._bank.watch(step, metrics)
         if metrics["rejected"] >= self._max_rejected:
-            raise Diverged(_why(step, metrics))
+            raise Diverged(_why(step, metrics, images, self._steepest))
         if metrics["rejected"]:
-            log.warning("step %d is not finite and was left out", step)
+            log.warning("step %d is not finite and was left out (%s)", step, _names(images))
+        else:
+            self._steepest = max(self._steepest, (metrics["gradient_norm"], step))
         self._window.append(metrics)
         if step % self._every:
             return
@@ -369,16 +371,27 @@ def _mean(window: list[dict[str, float]], name: str) -> float:
     return float(defined.mean()) if len(defined) else math.nan
 
 
-def _why(step: int, metrics: dict[str, float]) -> str:
+def _names(images: dict[str, list[str]]) -> str:
+    return "; ".join(f"{half} images: {', '.join(ids)}" for half, ids in images.items())
+
+
+def _why(
+    step: int,
+    metrics: dict[str, float],
+    images: dict[str, list[str]],
+    steepest: tuple[float, int],
+) -> str:
     """The report of a run that diverged."""
     losses = {k: v for k, v in metrics.items() if k.startswith("loss")}
     culprits = [name for name, value in losses.items() if not math.isfinite(value)]
     what = f"{', '.join(culprits)} is not finite" if culprits else "a gradient is not finite"
     shown = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+    before = f", the largest before {steepest[0]:g} at step {steepest[1]}" if steepest[1] else ""
     return (
         f"Step {step}: {what}, as in the {metrics['rejected']:.0f} steps up to it, none of which "
-        f"was learnt from ({shown}; norm of the gradient {metrics['gradient_norm']:g}, learning "
-        f"rate {metrics['learning_rate']:g}). The last checkpoint is kept. Lower "
+        f"was learnt from ({shown}; norm of the gradient {metrics['gradient_norm']:g}{before}; "
+        f"learning rate {metrics['learning_rate']:g}; {_names(images)}). The last checkpoint is "
+        "kept. Lower "
         "optimizer.learning_rate or set optimizer.clip_norm, in another --workdir; "
         "--config.debug.nans=True finds the operation."
     )

@@ -112,8 +112,10 @@ class _TensorBoard:
 
     def __init__(self, folder: Path, resume_step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns():020d}"  # TensorBoard reads in order of names
-        self._records = RecordWriter(str(folder / name))
+        # TensorBoard reads in order of names, and the clock may have jumped back.
+        earlier = (path.suffix[1:] for path in folder.iterdir())
+        now = max([time.time_ns(), *(int(stamp) + 1 for stamp in earlier if stamp.isdigit())])
+        self._records = RecordWriter(str(folder / f"events.out.tfevents.{now:020d}"))
         self._write(Event(file_version="brain.Event:2"))
         if resume_step:  # hides what a killed run logged past its last checkpoint
             start = SessionLog(status=SessionLog.START)

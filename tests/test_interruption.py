@@ -18,7 +18,7 @@ import pytest
 from tiny import Harness, tiny_config
 
 from csc_jax import config as config_lib
-from csc_jax import losses, writers
+from csc_jax import data, losses, writers
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import Diverged, Interrupted, UserError
 from csc_jax.experiment import build
@@ -225,20 +225,37 @@ def test_a_step_that_is_not_finite_leaves_the_state_alone(monkeypatch):
     assert not np.array_equal(jax.tree.leaves(state.student)[0], jax.tree.leaves(before.student)[0])
 
 
+def images_of_steps(config, steps):
+    """Returns the images of each step, as messages name them."""
+    dataset = data.load(config.data)
+    partition = data.partition(config.data, dataset, config.seed)
+    iterator, images = data.train_iterator(config, dataset, partition), []
+    for _ in range(steps):
+        next(iterator)
+        names = ((half, ", ".join(ids)) for half, ids in iterator.images.items())
+        images.append("; ".join(f"{half} images: {ids}" for half, ids in names))
+    return images
+
+
 def test_a_longer_run_continues_and_stops_where_it_diverges(whole, folder, monkeypatch, caplog):
     config, reference, _ = whole
     workdir = folder / "diverged"
     shutil.copytree(reference, workdir)
     config = config.copy_and_resolve_references()
     config.train.steps, config.train.max_rejected = 9, 2
+    images = images_of_steps(config, 6)
     monkeypatch.setattr(losses, "cross_entropy", poisoned(0))
     with (
         caplog.at_level("INFO", logger="csc_jax"),
-        pytest.raises(Diverged, match=r"Step 6: loss, loss_s is not finite, as in the 2 steps"),
+        pytest.raises(
+            Diverged, match=r"Step 6: loss, loss_s is not finite, as in the 2 steps"
+        ) as stopped,
     ):
         train(config, workdir)
+    assert images[-1] in str(stopped.value)
+    assert "norm of the gradient nan; learning rate 0.00" in str(stopped.value)
     assert "changed since the checkpoint: train.steps: 4 before, 9 now" in caplog.text
-    assert "step 5 is not finite and was left out" in caplog.text
+    assert f"step 5 is not finite and was left out ({images[-2]})" in caplog.text
     with Checkpointer(workdir, read_only=True) as checkpointer:
         assert checkpointer.latest_step() == 4
     assert Diverged.exit_status == 3

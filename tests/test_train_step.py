@@ -1,16 +1,12 @@
 """The step: equal on one and several devices, learning, faithful to the equations."""
 
-import copy
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CLASSES, METHODS, Harness, tiny_config
+from tiny import CLASSES, Harness, tiny_config
 
 from csc_jax import contrast
-from csc_jax.errors import UserError
 from csc_jax.evaluation import Scores, confusion_matrix
 from csc_jax.methods.shared import teacher_decay
 from csc_jax.models import resize_aligned
@@ -31,47 +27,6 @@ def run(config, devices, steps):
 def csc_run():
     """30 steps of csc on one device."""
     return run(tiny_config(train__steps=30, contrast__weight=0.1), 1, 30)
-
-
-@pytest.mark.parametrize(
-    ("method", "fsdp"), [*((method, 1) for method in METHODS), ("csc", 2)], ids=str
-)
-def test_one_and_four_devices_agree(method, fsdp, monkeypatch):
-    # ReLU's derivative jumps: a unit that rounding lifts over zero moves its channel's gradient by
-    # percents. A smooth one in its place leaves rounding errors alone to be compared.
-    monkeypatch.setattr(nn, "relu", nn.silu)
-    # Plain SGD: Adam divides by the root of a mean square, which blows rounding errors of near-zero
-    # gradients up to full steps.
-    config = tiny_config(method__name=method, optimizer__name="sgd", optimizer__learning_rate=1e-3)
-    one, four = Harness(config, 1), Harness(config, 4, fsdp)
-    if fsdp > 1:
-        placed = four.init()
-        shares = [
-            leaf.sharding.shard_shape(leaf.shape) != leaf.shape
-            for leaf in jax.tree.leaves((placed.student, placed.teacher, placed.opt_state))
-        ]
-        assert sum(shares) > 20
-        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed.bank))
-    state = one.init()
-    for i in range(3):  # with csc, the bank is ready by then, so that L_c and both gates take part
-        state, _ = one.step(state, one.batch(i))
-    # From one state: sampling and thresholds would turn rounding errors into other pixels.
-    # Each step gets a copy: it is donated, and on a CPU host arrays may share the device's memory.
-    before = jax.tree.map(np.array, jax.device_get(state))
-    first, second = copy.deepcopy(before), copy.deepcopy(before)
-    after_one, metrics_one = jax.device_get(one.step(first, one.batch(3)))
-    after_four, metrics_four = jax.device_get(four.step(second, four.batch(3)))
-    if method == "csc":
-        assert metrics_one["ready"] == 1.0
-    assert metrics_one.keys() == metrics_four.keys()
-    for name, value in metrics_one.items():
-        np.testing.assert_allclose(metrics_four[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
-    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(after_one)]
-    leaves = zip(paths, jax.tree.leaves(after_one), jax.tree.leaves(after_four), strict=True)
-    for path, a, b in leaves:
-        # A sum's rounding error goes with its largest terms, not with what is left of them.
-        atol = 2e-5 * max(1.0, float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a))))
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol, err_msg=path)
 
 
 def test_training_lowers_the_loss_and_raises_miou():
@@ -248,25 +203,3 @@ def test_sgd_is_pytorchs_with_polynomial_decay_and_head_multiplier():
             expected[name] -= factor * rate * velocity[name]
     for name, value in expected.items():
         np.testing.assert_allclose(params[name]["w"], value, rtol=1e-5)
-
-
-@pytest.mark.parametrize("source", ["student", "teacher"])
-def test_the_module_goes_on_top_of_any_method(source):
-    config = tiny_config(
-        method__name="supervised", method__contrast="csc", contrast__bank_source=source
-    )
-    state, history = run(config, 1, 3)
-    assert history[-1]["ready"] == 1.0
-    assert state.bank.count.min() >= 1
-    assert "loss_u" not in history[-1]
-
-
-def test_csc_on_top_of_the_baseline_is_csc():
-    named = run(tiny_config(method__name="csc"), 1, 2)
-    on_top = run(tiny_config(method__name="cutmix_mean_teacher", method__contrast="csc"), 1, 2)
-    jax.tree.map(np.testing.assert_array_equal, named, on_top)
-
-
-def test_csc_on_top_of_itself_is_refused():
-    with pytest.raises(UserError, match=r"on top of method\.name, which is csc already"):
-        Harness(tiny_config(method__contrast="csc"))

@@ -266,8 +266,12 @@ def test_every_network_starts_from_pretrained_weights(tmp_path):
 
     drawn = harness.init()
     started = compile_init(harness.method, harness.tx, harness.mesh, pretrained)()
+    expected = overlay(drawn.student.variables, pretrained)
     for network in (started.student, started.teacher):
-        assert_trees_equal(network.variables, overlay(drawn.student.variables, pretrained))
+        # What is drawn is drawn by another program, which may round the last bit otherwise.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), network.variables, expected
+        )
         assert network.params["backbone"]["stem1"]["conv"]["kernel"].std() > 0.9
     buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(started)]
     assert len(set(buffers)) == len(buffers)  # the state is donated
@@ -353,4 +357,4 @@ def test_published_weights_are_evaluated_and_exported_again(tmp_path):
 
     scores = score.score(config, workdir, "latest")
     assert 0 <= scores.miou <= 1
-    assert (workdir / "scores_teacher_val_0.json").is_file()
+    assert (workdir / "evaluation" / "val_teacher_0_whole.json").is_file()

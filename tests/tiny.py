@@ -12,7 +12,6 @@ from csc_jax.optimizer import combine
 from csc_jax.train_step import compile_init, compile_step
 
 CLASSES = 4
-METHODS = ("supervised", "cutmix_mean_teacher", "csc")
 
 
 def tiny_config(tmp_path: Path | None = None, **overrides: object) -> ConfigDict:

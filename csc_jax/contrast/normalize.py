@@ -1,14 +1,18 @@
 """Unit-length feature vectors."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 
 def normalize(x: Array, epsilon: float = 1e-12) -> Array:
-    """Scales the last axis of `x` (..., D) to length 1; zero stays zero and has a finite gradient.
+    """Scales the last axis of `x` (..., D) to length 1; shorter than `epsilon` becomes zero.
 
-    `sqrt` has no finite derivative at 0, so the length is floored before the root, not after it.
+    The gradient of such a vector is zero, too: it has no direction, and a floor under its length
+    would give it a gradient of 1 / epsilon, which plain SGD does not survive.
     """
     x = x.astype(jnp.float32)
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x / jnp.sqrt(jnp.maximum(squared, epsilon**2))
+    long = squared > epsilon**2
+    scale = jax.lax.rsqrt(jnp.where(long, squared, 1.0))  # finite where it is not used
+    return x * jnp.where(long, scale, 0.0)

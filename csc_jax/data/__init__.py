@@ -13,7 +13,13 @@ from csc_jax.data import builder, camvid, cityscapes, folder, pascal_voc, synthe
 from csc_jax.data.codec import cpu_count, read_image
 from csc_jax.data.example import Listing
 from csc_jax.data.partition import Partition, partition, write_partition
-from csc_jax.data.pipeline import check_crop, eval_batches, steps_per_epoch, train_iterator
+from csc_jax.data.pipeline import (
+    TrainIterator,
+    check_crop,
+    eval_batches,
+    steps_per_epoch,
+    train_iterator,
+)
 from csc_jax.data.source import Dataset, Source
 from csc_jax.errors import UserError
 
@@ -21,6 +27,7 @@ __all__ = [
     "Dataset",
     "Partition",
     "Source",
+    "TrainIterator",
     "check_crop",
     "cpu_count",
     "eval_batches",

@@ -52,10 +52,13 @@ def decode_stored_values(data: bytes, suffix: str) -> np.ndarray | None:
 
             stored = scipy_io.loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0]
         else:
-            # OpenCV would turn the indices of a palette into colours.
-            with Image.open(io.BytesIO(data)) as image:
+            # OpenCV would turn the indices of a palette into colours. PNG alone, whatever the
+            # content says: for others Pillow starts programs such as Ghostscript.
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 stored = np.asarray(image)
     except Exception:  # on a damaged file both raise nearly anything
+        return None
+    if stored.dtype.kind not in "biu" or stored.ndim not in (2, 3):
         return None
     if stored.ndim == 3 and stored.shape[-1] == 2:
         stored = stored[..., 0]  # grey and alpha
@@ -81,6 +84,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray | None:
-    if not data:  # OpenCV raises on an empty buffer, and returns None for any other bad one
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:  # an empty buffer, or a header that promises far too many pixels
         return None
-    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)

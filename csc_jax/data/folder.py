@@ -12,6 +12,7 @@ without label is an unlabelled one.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,13 +81,14 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], np.ndarray]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         entries = _from_json(text) if path.suffix == ".json" else _from_lines(text)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = tuple(name for name, _ in entries)
+        "".join(names).encode()  # JSON can hold halves of characters, which nothing can print
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"The class list {path} cannot be read ({error}); it takes one class name a line, or "
             'as JSON a list of names or of {"name": …, "color": [R, G, B]}.'
         ) from error
-    names = tuple(name for name, _ in entries)
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice or not 2 <= len(names) <= _MAX_CLASSES:
         fault = f"{twice[0]!r} twice" if twice else f"{len(names)} classes"
         raise UserError(

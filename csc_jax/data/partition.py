@@ -45,11 +45,20 @@ def partition(config: ConfigDict, dataset: Dataset, seed: int) -> Partition:
 
 
 def write_partition(lists: Partition, workdir: Path) -> None:
-    """Writes splits/labeled.txt and splits/unlabeled.txt, one id a line, into `workdir`."""
+    """Writes splits/labeled.txt and splits/unlabeled.txt, one id a line, into `workdir`.
+
+    Raises:
+      UserError: they cannot be written.
+    """
     folder = Path(workdir) / "splits"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, ids in lists._asdict().items():
-        (folder / f"{name}.txt").write_text("".join(f"{i}\n" for i in ids), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, ids in lists._asdict().items():
+            (folder / f"{name}.txt").write_text("".join(f"{i}\n" for i in ids), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error}. Make room or choose another --workdir."
+        ) from error
 
 
 def _draw(fraction: fractions.Fraction, source: Source, seed: int) -> Partition:
@@ -114,7 +123,8 @@ def _from_lists(config: ConfigDict, source: Source) -> Partition:
 def _read_list(field: str, path: str, ids: Sequence[str]) -> tuple[str, ...]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    # ValueError: no text, or no possible name of a file. RuntimeError: "~" of an unknown user.
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{field} {path} cannot be read as a text file: {error}.") from error
     listed = [line.strip() for line in text.splitlines() if line.strip()]
     if not listed:

@@ -50,6 +50,7 @@ def colormap() -> np.ndarray:
 
 PALETTE = colormap()[: len(CLASS_NAMES)]
 _LABEL_IDS = label_ids({**{i: i for i in range(len(CLASS_NAMES))}, IGNORE: IGNORE})
+_LONGEST_NAME = 200  # bytes; file systems take 255, suffix included
 _SBD_FOLDERS = ("SBD", "benchmark_RELEASE/dataset")
 
 
@@ -106,9 +107,20 @@ def _list(folder: Path, name: str) -> list[str]:
             f"data.root {folder} lacks {path.relative_to(folder)}; it must be the VOC2012 "
             "folder of VOCdevkit with JPEGImages, SegmentationClass and ImageSets."
         )
-    # Some lists of the pool write "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png".
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [Path(line.split()[0]).stem for line in lines if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a text file: {error}.") from error
+    # Some lists of the pool write "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png". Without their
+    # folders, entries cannot name a file elsewhere.
+    names = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    for name in names:
+        if not name.isprintable() or not 0 < len(name.encode()) <= _LONGEST_NAME:
+            raise UserError(
+                f"{path} holds {name[:50]!r}, which can be no name of an image; it takes one id a "
+                "line, such as 2007_000032."
+            )
+    return names
 
 
 def _augmented(root: Path, folder: Path) -> dict[str, Path]:

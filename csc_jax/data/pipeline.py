@@ -1,6 +1,7 @@
 """Batches: an endless, resumable train stream (Grain) and one pass for evaluation."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ from ml_collections import ConfigDict
 
 from csc_jax.data import codec, transforms
 from csc_jax.data.partition import Partition
-from csc_jax.data.source import Dataset, Source
+from csc_jax.data.source import Dataset, Source, Unreadable
 from csc_jax.errors import UserError
+
+log = logging.getLogger("csc_jax")
 
 # Each stream and each use of randomness in it draws from a seed of its own.
 _LABELED, _UNLABELED = 0, 1
@@ -37,7 +40,67 @@ class WeakAugmentation(grain.transforms.RandomMap):
         )
         if self.flip:
             maps = transforms.random_flip(maps, rng)
-        return dict(zip(("image", "label", "inside"), maps, strict=True))
+        return element | dict(zip(("image", "label", "inside"), maps, strict=True))
+
+
+class TrainIterator:
+    """The endless train stream, and a record of which images it gave.
+
+    Attributes:
+      images: ids of the newest batch, by half, without those in the place of which others came.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator, ids: Sequence[str], max_unreadable: int):
+        self.images: dict[str, list[str]] = {}
+        self._batches = batches
+        self._ids = ids
+        self._max_unreadable = max_unreadable
+        self._unreadable: set[str] = set()
+
+    def __iter__(self) -> "TrainIterator":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """Returns the next batch, see `train_iterator`.
+
+        Raises:
+          UserError: more images than `data.max_unreadable` cannot be read any more.
+        """
+        batch = {half: dict(values) for half, values in next(self._batches).items()}
+        self.images = {}
+        for half, values in batch.items():
+            drawn, read = ([self._ids[i] for i in values.pop(key)] for key in ("drawn", "read"))
+            self.images[half] = read
+            for wanted, given in zip(drawn, read, strict=True):
+                if wanted != given:
+                    self._note(wanted, given)
+        return batch
+
+    def get_state(self) -> Any:
+        """Returns the place in the stream."""
+        return self._batches.get_state()
+
+    def set_state(self, state: Any) -> None:
+        """Goes to a place that `get_state` gave."""
+        self._batches.set_state(state)
+
+    def _note(self, wanted: str, given: str) -> None:
+        if wanted in self._unreadable:
+            return
+        self._unreadable.add(wanted)
+        count, most = len(self._unreadable), self._max_unreadable
+        log.warning(
+            "The image %s can no longer be read; %s takes its place (number %d, of at most %d)",
+            *(wanted, given, count, most),
+        )
+        if count > most:
+            raise UserError(
+                f"{count} train images can no longer be read from the prepared data, more than "
+                f"data.max_unreadable = {most}: {', '.join(sorted(self._unreadable))}. The last "
+                "checkpoint is kept. Remove the prepared folder of this data set in data.cache_dir "
+                "(default ~/.cache/csc_jax) and give the same command again; it prepares the data "
+                "anew and continues."
+            )
 
 
 def train_iterator(
@@ -46,7 +109,7 @@ def train_iterator(
     partition: Partition,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator:
+) -> TrainIterator:
     """Returns the endless train stream of one JAX process.
 
     Each element is {"labeled": {...}, "unlabeled": {...}}, each half with image (B, h, w, 3)
@@ -54,7 +117,8 @@ def train_iterator(
     The unlabelled half carries its labels for the metric of pseudo-label accuracy alone. Both
     lists repeat without end, each reshuffled at every pass; an image's place and its augmentation
     depend on (seed, pass, place in the pass) only, not on timing, threads, processes or what was
-    read before, so `get_state` is one number (one for each of `data.workers`).
+    read before, so `get_state` is one number (one for each of `data.workers`). In the place of an
+    image that can no longer be read comes the next one of its list that can.
 
     Of `process_count` processes each reads its own share: rows number `process_index` * B on of the
     whole batch, B being the size in `config.batch` by the number of processes.
@@ -81,7 +145,7 @@ def train_iterator(
         if not flags.FLAGS.is_parsed():  # by a program without absl flags; Grain asks for its own
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
-    return iter(batches)
+    return TrainIterator(iter(batches), source.ids, config.data.max_unreadable)
 
 
 def weak_augmentation(config: ConfigDict) -> WeakAugmentation:
@@ -155,14 +219,39 @@ def _stream(
 ) -> grain.MapDataset:
     """Returns the endless stream of augmented images."""
     positions = {name: index for index, name in enumerate(source.ids)}
+    read = _Reader(source, [positions[name] for name in ids])
     shuffle_seed, augment_seed = (int(word) for word in seeds.generate_state(2))
     return (
-        grain.MapDataset.source([positions[name] for name in ids])
+        grain.MapDataset.range(len(ids))
         .shuffle(seed=shuffle_seed)
         .repeat()  # before `batch`, so that a list shorter than the batch still fills it
-        .map(source.__getitem__)
+        .map(read)
         .random_map(augment, seed=augment_seed)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads an image by its place in a list; the next readable one takes an unreadable one's place.
+
+    Each element also has `drawn` and `read`, the indices of both in the source.
+    """
+
+    source: Source
+    indices: list[int]  # of the images on the list
+
+    def __call__(self, place: int) -> dict[str, Any]:
+        drawn = self.indices[place]
+        for offset in range(len(self.indices)):
+            index = self.indices[(place + offset) % len(self.indices)]
+            try:
+                element = self.source[index]
+            except Unreadable as error:
+                reason = error
+                continue
+            maps = {"image": element["image"], "label": element["label"]}
+            return maps | {"drawn": np.int32(drawn), "read": np.int32(index)}
+        raise reason  # not one of them is left
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,10 @@ from csc_jax.data import codec
 from csc_jax.errors import UserError
 
 
+class Unreadable(UserError):
+    """A prepared image has been damaged, or its file is gone."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
     """One split, read record by record from ArrayRecord files; can be pickled.
@@ -30,10 +34,27 @@ class Source:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns {"id": str, "image": (H, W, 3) uint8 RGB, "label": (H, W) uint8}."""
-        record = self.records[index]
+        """Returns {"id": str, "image": (H, W, 3) uint8 RGB, "label": (H, W) uint8}.
+
+        Raises:
+          Unreadable: the record cannot be read any more; it has a checksum.
+        """
+        try:
+            record = self.records[index]
+        # ArrayRecord reports damage as RuntimeError, and so a file that is gone.
+        except (OSError, RuntimeError, ValueError) as error:
+            raise self._unreadable(index, str(error)) from error
         image, label = codec.decode_image(record["image"]), codec.decode_label(record["label"])
+        if image is None or label is None:
+            raise self._unreadable(index, "it is corrupt")
         return {"id": self.ids[index], "image": image, "label": label}
+
+    def _unreadable(self, index: int, reason: str) -> Unreadable:
+        return Unreadable(
+            f"The image {self.ids[index]} can no longer be read from the prepared data: {reason}. "
+            "Remove the prepared folder of this data set in data.cache_dir (default "
+            "~/.cache/csc_jax) and give the same command again; it prepares the data anew."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

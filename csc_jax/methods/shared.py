@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from ml_collections import ConfigDict
 
 from csc_jax import augment, losses
 from csc_jax.methods.base import Pixels, Task
-from csc_jax.models import Outputs
+from csc_jax.models import Outputs, resize_aligned
 from csc_jax.state import TrainState
 
 
@@ -14,6 +15,94 @@ def teacher_decay(step: Array, start: int, limit: float) -> Array:
     """Returns min(1 - 1/(t + 1), limit), t from `start`; before it 0, a copy (decisions.md 19)."""
     t = jnp.maximum(step - start, 0).astype(jnp.float32)
     return jnp.minimum(1.0 - 1.0 / (t + 1.0), limit)
+
+
+def ramp_up(step: Array, start: int, length: float) -> Array:
+    """Returns exp(-5 (1 - x)^2) with x from 0 at `start` to 1 after `length` steps; before it 0.
+
+    The sigmoid-shaped weight of Laine and Aila (2017) that mean_teacher, cct and gct share.
+    """
+    x = jnp.clip((step - start) / length, 0.0, 1.0) if length else jnp.ones(())
+    return jnp.where(step >= start, jnp.exp(-5.0 * (1.0 - x) ** 2), 0.0)
+
+
+def consistency(logits: Array, target: Array, counted: Array) -> Array:
+    """Returns the mean squared difference of the softmax from `target`, () float32.
+
+    Args:
+      logits: (B, h, w, C).
+      target: (B, h, w, C) probabilities, taken as constant.
+      counted: (B, h, w) bool; the mean runs over these pixels and all classes.
+    """
+    difference = jax.nn.softmax(logits) - jax.lax.stop_gradient(target)
+    return masked_mean(jnp.mean(difference**2, axis=-1), counted)
+
+
+def masked_mean(x: Array, counted: Array) -> Array:
+    """Returns the mean of x over the pixels `counted`, both (B, h, w); 0 without any."""
+    return jnp.sum(jnp.where(counted, x, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def likeliest(probabilities: Array, inside: Array, threshold: float = 0.0) -> Array:
+    """Returns the arg max of (B, H, W, C) as (B, H, W) int32, 255 below `threshold` or outside.
+
+    A method that teaches with every pixel, or with soft targets, has no mask M. It hands what
+    reaches `method.pseudo_label.threshold` to a contrastive module on top.
+    """
+    labels = jnp.argmax(probabilities, axis=-1).astype(jnp.int32)
+    kept = inside & (jnp.max(probabilities, axis=-1) >= threshold)
+    return jnp.where(kept, labels, losses.IGNORE)
+
+
+def confident_labels(logits: Array, inside: Array, threshold: float) -> Array:
+    """Returns the arg max at full size, 255 where its probability is below `threshold`.
+
+    Args:
+      logits: (B, h, w, C).
+      inside: (B, H, W) bool, False on padding, which gets no label.
+      threshold: probability.
+
+    Returns:
+      (B, H, W) int32, without gradient.
+    """
+    logits = resize_aligned(jax.lax.stop_gradient(logits), size_of(inside))
+    return likeliest(jax.nn.softmax(logits), inside, threshold)
+
+
+def strong_view(key: Array, weak: Array, config: ConfigDict) -> tuple[Array, Array]:
+    """Returns photometric changes and CutMix of weak views, and the mask of the latter.
+
+    Args:
+      key: random key.
+      weak: (B, H, W, 3) uint8.
+      config: `config.method`.
+
+    Returns:
+      (B, H, W, 3) float32 on 0..255, and (B, H, W) bool for `augment.mix`.
+    """
+    photo_key, mix_key = jax.random.split(key)
+    mask = augment.cutmix_mask(mix_key, weak.shape[0], size_of(weak), config.cutmix)
+    return augment.mix(mask, augment.photometric(photo_key, weak, config)), mask
+
+
+def split(outputs: Outputs, *images: Array) -> list[Outputs]:
+    """Takes the outputs of images (Bi, ...) apart that went through the network as one batch.
+
+    Outputs that were only made for the first of them (`aux`) are given to those.
+    """
+    parts: list[Outputs] = []
+    start = 0
+    for each in images:
+        end = start + each.shape[0]
+        parts.append(jax.tree.map(lambda x, a=start, b=end: x[a:b], outputs))
+        start = end
+    return parts
+
+
+def join(first: Outputs, second: Outputs) -> Outputs:
+    """Returns two batches of outputs as one."""
+    joined: Outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+    return joined
 
 
 def size_of(x: Array) -> tuple[int, int]:

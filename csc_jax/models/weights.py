@@ -231,7 +231,7 @@ def drop_absent_heads(
 
 def overlay(variables: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `variables` with the arrays that `part` has in the same places."""
-    leaves, new = flatten_dict(dict(variables)), flatten_dict(dict(part))
+    leaves, new = flatten_dict(dict(variables), keep_empty_nodes=True), flatten_dict(dict(part))
     return unflatten_dict({path: new.get(path, leaf) for path, leaf in leaves.items()})
 
 

@@ -27,14 +27,8 @@ def run() -> None:
     print(machine())
     programs, forwards = {}, {}
     for method in options.methods:
-        config = _load(options.config)
-        config.method.name = method
-        config.method.supervised_only = config.contrast.start = 0  # everything is in force at once
-        config.method.supervised_only_epochs = 0.0
-        if options.dtype:
-            config.model.dtype = options.dtype
-        built = _build(config, options.classes)
-        programs[method] = _step(built)
+        built = build(options.config, method, options.classes, options.dtype)
+        programs[method] = step_of(built)
         forwards[method] = _forward(built)
     print(f"\nTrain step of {options.config}, L_c in force, batch on the device:")
     print(table(take_turns(programs, options.repeats)))
@@ -43,19 +37,30 @@ def run() -> None:
         print(f"{method:<14} {flops / 1e9:10.3f} GFLOP  {size / 2**20:8.1f} MiB moved")
 
 
-def _load(path: Path) -> ConfigDict:
-    return runpy.run_path(str(path))["get_config"]()
+def build(path: Path, method: str, classes: int, dtype: str | None) -> experiment.Experiment:
+    """Returns the experiment of a config file with another method, all of it in force at once.
 
-
-def _build(config: ConfigDict, classes: int) -> experiment.Experiment:
+    Args:
+      path: of the config file.
+      method: its name, or "METHOD+csc".
+      classes: of the data set that it is for.
+      dtype: compute type, None for the config's.
+    """
+    config: ConfigDict = runpy.run_path(str(path))["get_config"]()
+    config.method.name, _, contrast = method.partition("+")
+    config.method.contrast = contrast or "none"
+    config.method.supervised_only = config.contrast.start = 0
+    config.method.supervised_only_epochs = 0.0
+    if dtype:
+        config.model.dtype = dtype
     config_lib.validate(config)
     names = tuple(map(str, range(classes)))
     palette = np.zeros((classes, 3), np.uint8)
     return experiment.build(config_lib.resolve(config, steps_per_epoch=100), names, palette)
 
 
-def _step(built: experiment.Experiment) -> Candidate:
-    """The compiled step, fed with its own state and one random batch."""
+def step_of(built: experiment.Experiment) -> Candidate:
+    """Returns the compiled step, fed with its own state and one random batch."""
     batch = sharding.shard_batch(_batch(built), built.mesh)
     state = built.compile_init()()
     program = compile_step(built.method, built.tx, built.mesh).lower(state, batch).compile()

@@ -1,0 +1,102 @@
+"""Mean Teacher: the student's softmax follows that of its EMA under other noise.
+
+Tarvainen and Valpola, "Mean teachers are better role models", NeurIPS 2017: Sec. 2 (the method) and
+Appendix B.1 (squared error of the softmax outputs, weight 100, its sigmoid-shaped ramp-up of 40,000
+of 150,000 steps, Gaussian input noise of 0.15). L = L_s + w(t) L_u over labelled and unlabelled
+images; student and teacher each see a view and drop units of their own.
+
+What differs: pixels take the place of images; predictions are compared where the network makes
+them, at stride 4; views also get the photometric operations of `config.method`; optimizer, the
+decay of the EMA and all else are those of every other row (decisions.md 19). The baseline of the
+CSC paper, with pseudo-labels and CutMix, is `cutmix_mean_teacher`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from csc_jax import augment
+from csc_jax.methods import shared
+from csc_jax.methods.base import Batch, LossOutputs, Method
+from csc_jax.models import resize_aligned
+from csc_jax.state import TrainState, update_ema
+
+
+class MeanTeacher(Method):
+    """L = L_s + w(t) L_u."""
+
+    def loss(
+        self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
+    ) -> tuple[Array, LossOutputs]:
+        task, config = self.task, self.task.config.method
+        student_key, student_dropout, teacher_key, teacher_dropout = jax.random.split(key, 4)
+        labeled, unlabeled = batch["labeled"], batch["unlabeled"]
+        images = jnp.concatenate([labeled["image"], unlabeled["image"]])
+        inside = jnp.concatenate([labeled["inside"], unlabeled["inside"]])
+        images_l = labeled["image"].shape[0]
+
+        student, batch_stats = task.train_forward(
+            params["student"],
+            state.student.batch_stats,
+            self._view(student_key, images),
+            student_dropout,
+            projection=self.with_pixels,
+        )
+        # In training mode too: dropout is part of the teacher's noise (their Sec. 2).
+        teacher, _ = task.train_forward(
+            state.teacher.params,
+            state.teacher.batch_stats,
+            self._view(teacher_key, images),
+            teacher_dropout,
+            projection=False,
+        )
+        loss_s = task.supervised_loss(
+            student.logits[:images_l],
+            None if student.aux is None else student.aux[:images_l],
+            labeled["label"],
+        )
+        counted = augment.nearest(inside, shared.size_of(student.logits))
+        loss_u = shared.consistency(student.logits, jax.nn.softmax(teacher.logits), counted)
+        length = config.mean_teacher.ramp_up * task.total_steps
+        ramp = shared.ramp_up(state.step, config.supervised_only, length)
+        total = loss_s + config.mean_teacher.weight * ramp * loss_u
+
+        logits_u = resize_aligned(teacher.logits[images_l:], shared.size_of(images))
+        target, inside_u = jax.nn.softmax(logits_u), unlabeled["inside"]
+        metrics = {"loss_s": loss_s, "loss_u": loss_u, "ramp_up": ramp}
+        metrics |= shared.pseudo_label_metrics(
+            shared.likeliest(target, inside_u), inside_u, unlabeled["label"]
+        )
+        pixels = None
+        if self.with_pixels:
+            confident = shared.likeliest(target, inside_u, config.pseudo_label.threshold)
+            labels = jnp.concatenate([labeled["label"].astype(jnp.int32), confident])
+            features = shared.bank_features(
+                task, state, student, labeled["image"], unlabeled["image"]
+            )
+            pixels = shared.pixels(student, features, labels)
+        return total, LossOutputs({"student": batch_stats}, metrics, pixels)
+
+    def _view(self, key: Array, images: Array) -> Array:
+        """Returns one noisy view of images (B, H, W, 3), float32 on the scale 0..255."""
+        config = self.task.config
+        photo_key, noise_key = jax.random.split(key)
+        images = augment.photometric(photo_key, images, config.method)
+        std = config.method.mean_teacher.noise * jnp.asarray(config.data.std)
+        return images + std[None, None, None] * jax.random.normal(noise_key, images.shape)
+
+    def pseudo_labels(self, key: Array, state: TrainState, images: Array) -> Array:
+        logits = self.task.eval_forward(state.teacher, images).logits
+        return jnp.argmax(resize_aligned(logits, shared.size_of(images)), -1).astype(jnp.int32)
+
+    def update(
+        self, state: TrainState, outputs: LossOutputs, key: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        config = self.task.config.method
+        decay = shared.teacher_decay(state.step, config.supervised_only, config.ema_decay)
+        return state.replace(teacher=update_ema(state.teacher, state.student, decay)), {}
+
+
+METHOD = MeanTeacher

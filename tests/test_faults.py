@@ -1,0 +1,357 @@
+"""Disks that are full or read-only, files that are damaged, a clock that jumps: nothing is lost."""
+
+import contextlib
+import gc
+import itertools
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from data_cases import assert_same_batches, data_config, take
+from tiny import tiny_config
+from trees import camvid_tree
+
+from csc_jax import config as config_lib
+from csc_jax import data, writers
+from csc_jax.checkpoint import Checkpointer
+from csc_jax.data.source import Unreadable
+from csc_jax.errors import UserError
+from csc_jax.experiment import Experiment, build
+from csc_jax.train import train
+
+USUAL_USER = 65534  # "nobody"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def supervised(folder: Path, **overrides: object):
+    options = {"train__steps": 4, "train__eval_every": 4, "checkpoint__every": 2} | overrides
+    return tiny_config(folder, method__name="supervised", **options)
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run that met no fault: its config, work directory and scores."""
+    config = supervised(folder)
+    return config, folder / "whole", train(config, folder / "whole")
+
+
+def records(workdir):
+    timing = "train/images_per_second"
+    return [{k: v for k, v in r.items() if k != timing} for r in writers.read_metrics(workdir)]
+
+
+def assert_as_without_fault(whole, workdir, scores):
+    _, reference, expected = whole
+    np.testing.assert_array_equal(scores.confusion, expected.confusion)
+    assert records(workdir) == records(reference)
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def experiment(folder):
+    config = config_lib.resolve(supervised(folder), steps_per_epoch=4)
+    return build(config, ("a", "b", "c"), np.zeros((3, 3), np.uint8))
+
+
+@contextlib.contextmanager
+def as_usual_user():
+    """Permissions bind within the block, also where the tests run as root."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(USUAL_USER)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def abandoned_coroutines():
+    """Those of a save that failed; each warns when it is collected, which is to happen here."""
+    yield
+    gc.collect()
+
+
+a_save_fails = pytest.mark.filterwarnings("ignore:coroutine .* never awaited:RuntimeWarning")
+
+
+@pytest.fixture
+def shared_folder(tmp_path):
+    """A folder that every user can reach and write to."""
+    for path in (tmp_path, *tmp_path.parents[:3]):
+        if path.stat().st_uid == os.geteuid() and path != Path("/tmp"):
+            path.chmod(0o777)
+    return tmp_path
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_told_before_anything_compiles(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Experiment, "compile_init", None)
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(UserError, match=r"kept in .*checkpoints: .*File exists.*--workdir"):
+        train(supervised(folder), tmp_path)
+    assert (tmp_path / "checkpoints").read_text() == "in the way"
+
+
+def test_a_read_only_checkpoint_directory_is_told_at_the_start(shared_folder):
+    (shared_folder / "checkpoints").mkdir()
+    (shared_folder / "checkpoints").chmod(0o555)
+    with as_usual_user(), pytest.raises(UserError, match=r"kept in .*Permission denied"):
+        Checkpointer(shared_folder)
+
+
+@a_save_fails
+@pytest.mark.usefixtures("abandoned_coroutines")
+def test_a_directory_that_becomes_read_only_costs_no_checkpoint(shared_folder, experiment):
+    state = experiment.compile_init()()
+    directory = shared_folder / "checkpoints"
+    with as_usual_user(), Checkpointer(shared_folder, keep=1) as checkpointer:
+        checkpointer.save(1, state, {"iterator": 1}, {}, None)
+        checkpointer.wait()
+        directory.chmod(0o555)
+        with pytest.raises(UserError, match=r"Permission denied.*continues from step 1, the last"):
+            save_and_wait(checkpointer, 2, state)
+        directory.chmod(0o777)
+    with Checkpointer(shared_folder) as checkpointer:
+        assert checkpointer.restore(experiment.abstract_state()).loop == {"iterator": 1}
+
+
+def save_and_wait(checkpointer, step, state):
+    checkpointer.save(step, state, {"iterator": step}, {}, None)
+    checkpointer.wait()
+
+
+@a_save_fails
+@pytest.mark.usefixtures("abandoned_coroutines")
+def test_a_disk_that_fills_up_in_a_checkpoint_costs_only_that_one(whole, tmp_path, monkeypatch):
+    """A limit of the file size makes writing fail, in TensorStore too, as a full disk does."""
+    config, workdir, save = whole[0], tmp_path, Checkpointer.save
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(self, step, *rest):
+        if step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        save(self, step, *rest)
+
+    monkeypatch.setattr(Checkpointer, "save", save_on_a_full_disk)
+    try:
+        with pytest.raises(UserError, match=r"cannot be written: .*File too large.*from step 2"):
+            train(config, workdir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    monkeypatch.undo()
+    assert_as_without_fault(whole, workdir, train(config, workdir))
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        assert checkpointer.latest_step() == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("run/metadata", "deleted"),
+        ("loop/metadata", "truncated"),
+        ("state/_METADATA", "truncated"),
+        ("state/manifest.ocdbt", "deleted"),
+    ],
+)
+def test_a_checkpoint_with_one_damaged_file_gives_way(whole, tmp_path, caplog, name, damage):
+    shutil.copytree(whole[1] / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "4" / name
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.unlink()
+    like = like_of(whole)
+    with Checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore(like)
+    assert int(restored.state.step) == 2
+    assert "The checkpoint of step 4 cannot be read" in caplog.text
+
+
+def like_of(whole):
+    config, workdir, _ = whole
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        run = checkpointer.describe()
+    palette = np.asarray(run["palette"], np.uint8)
+    resolved = config_lib.resolve(config, steps_per_epoch=4)
+    return build(resolved, tuple(run["class_names"]), palette).abstract_state()
+
+
+# ---- Images that became unreadable ---------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """Config, data set and partition (2 labelled, 6 unlabelled) of a CamVid tree."""
+    camvid_tree(tmp_path / "root")
+    config = data_config(tmp_path, threads=1, prefetch=1)
+    dataset = data.load(config.data)
+    return config, dataset, data.partition(config.data, dataset, 0)
+
+
+def damage(source: data.Source, cache: Path, index: int) -> None:
+    """Turns one byte of the prepared data, by which this image alone can be read no more."""
+    (path,) = cache.rglob("*train.array_record*")
+    content = path.read_bytes()
+    for place in range(100, len(content), 150):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        if unreadable(source) == [index]:
+            return
+    raise AssertionError("no byte belongs to this image alone")
+
+
+def unreadable(source: data.Source) -> list[int]:
+    found = []
+    for index in range(len(source)):
+        try:
+            source[index]
+        except Unreadable:
+            found.append(index)
+    return found
+
+
+def test_the_next_readable_image_takes_the_place_of_one_damaged_midway(loaded, tmp_path, caplog):
+    _, dataset, partition = loaded
+    source = dataset.sources["train"]
+    expected = data.train_iterator(*loaded)
+    batches, images = [], []
+    for _ in range(12):
+        batches.append(next(expected))
+        images.append(expected.images)
+    victim, heir = partition.unlabeled[1:3]
+
+    iterator = data.train_iterator(*loaded)
+    assert_same_batches(batches[:2], take(iterator, 2))
+    state = iterator.get_state()
+    damage(source, tmp_path / "cache", source.ids.index(victim))
+    replaced = 0
+    for again in (iterator, data.train_iterator(*loaded)):  # midway, and after a restart
+        again.set_state(state)
+        for batch, drawn in zip(batches[2:], images[2:], strict=True):
+            found = next(again)
+            np.testing.assert_array_equal(found["labeled"]["image"], batch["labeled"]["image"])
+            assert again.images["labeled"] == drawn["labeled"]
+            assert again.images["unlabeled"] == [
+                heir if name == victim else name for name in drawn["unlabeled"]
+            ]
+            pictures = zip(batch["unlabeled"]["image"], found["unlabeled"]["image"], strict=True)
+            for name, (before, after) in zip(drawn["unlabeled"], pictures, strict=True):
+                same = np.array_equal(before, after)
+                assert same == (name != victim)
+                replaced += not same
+    assert replaced >= 2
+    said = f"The image {victim} can no longer be read; {heir} takes its place (number 1, of at most"
+    assert caplog.text.count(said) == 2  # once in each run
+    assert "number 2" not in caplog.text
+
+
+def test_labelled_images_are_replaced_by_labelled_ones(loaded, tmp_path):
+    source = loaded[1].sources["train"]
+    first, second = loaded[2].labeled
+    damage(source, tmp_path / "cache", source.ids.index(first))
+    iterator = data.train_iterator(*loaded)
+    for batch in itertools.islice(iterator, 3):
+        assert iterator.images["labeled"] == [second] * 2
+        assert set(batch) == {"labeled", "unlabeled"}
+        assert all(set(half) == {"image", "label", "inside"} for half in batch.values())
+
+
+def test_images_of_a_batch_are_named_as_they_are(loaded):
+    config, dataset, partition = loaded
+    config.data.update({"crop_size": (24, 32), "scale_range": (1.0, 1.0), "flip": False})
+    source = dataset.sources["train"]
+    known = {source[i]["image"].tobytes(): name for i, name in enumerate(source.ids)}
+    iterator = data.train_iterator(config, dataset, partition)
+    for batch in itertools.islice(iterator, 6):
+        for half, ids in iterator.images.items():
+            assert ids == [known[image.tobytes()] for image in batch[half]["image"]]
+
+
+def test_too_many_unreadable_images_end_a_run(loaded, tmp_path, caplog):
+    config, dataset, partition = loaded
+    config.data.max_unreadable = 0
+    source = dataset.sources["train"]
+    victim = partition.unlabeled[0]
+    damage(source, tmp_path / "cache", source.ids.index(victim))
+    iterator = data.train_iterator(config, dataset, partition)
+    with pytest.raises(UserError, match=rf"1 train images .*data\.max_unreadable = 0: {victim}\."):
+        take(iterator, 12)
+
+
+def test_data_that_are_gone_end_a_run(loaded, tmp_path):
+    config, _, partition = loaded
+    (path,) = (tmp_path / "cache").rglob("*train.array_record*")
+    path.unlink()
+    dataset = data.load(config.data)
+    with pytest.raises(UserError, match=r"can no longer be read .*No such file.*data\.cache_dir"):
+        next(data.train_iterator(config, dataset, partition))
+
+
+def test_evaluation_replaces_nothing(loaded, tmp_path, monkeypatch):
+    source = loaded[1].sources["train"]
+    damage(source, tmp_path / "cache", 3)
+    with pytest.raises(UserError, match=rf"{source.ids[3]} can no longer be read.*hash mismatch"):
+        list(data.eval_batches(source, 2))
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
+    with pytest.raises(UserError, match=rf"{source.ids[0]} can no longer .*it is corrupt"):
+        list(data.eval_batches(source, 2))
+
+
+def test_a_run_that_loses_its_images_keeps_its_checkpoint_and_can_be_repaired(whole, tmp_path):
+    workdir, cache = tmp_path / "run", tmp_path / "cache"
+    shutil.copytree(whole[1] / "checkpoints" / "2", workdir / "checkpoints" / "2")
+    shutil.copytree(whole[0].data.cache_dir, cache)
+    config = supervised(tmp_path)
+    (path,) = cache.rglob("*train.array_record*")
+    path.unlink()
+    with pytest.raises(UserError, match=r"can no longer be read .*data\.cache_dir"):
+        train(config, workdir)
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        assert checkpointer.latest_step() == 2
+    shutil.rmtree(next(cache.glob("synthetic-*")))  # as the message says
+    assert unreadable(data.load(config.data).sources["train"]) == []
+
+
+# ---- Everything else -----------------------------------------------------------------------------
+
+
+def test_training_goes_on_without_tensorboard_and_with_a_clock_that_runs_backwards(
+    whole, tmp_path, monkeypatch, caplog, capsys
+):
+    (tmp_path / "tensorboard").write_text("in the way")
+    clock = itertools.count(1_700_000_000, -3600)  # an hour at every look
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 10**9)
+    scores = train(whole[0], tmp_path)
+    monkeypatch.undo()
+    assert_as_without_fault(whole, tmp_path, scores)
+    assert caplog.text.count("TensorBoard cannot be written") == 1
+    rates = [r.get("train/images_per_second", 1.0) for r in writers.read_metrics(tmp_path)]
+    assert all(0 < rate < 1e6 for rate in rates)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
+    assert len(lines) == 4
+    assert all(" ETA 0:0" in line for line in lines)
+
+
+def test_files_of_tensorboard_stay_in_order_when_the_clock_jumps_back(tmp_path, monkeypatch):
+    folder = tmp_path / "tensorboard"
+    for part, seconds in enumerate((1_700_000_000, 1_600_000_000, 1_650_000_000)):
+        monkeypatch.setattr(time, "time_ns", lambda seconds=seconds: seconds * 10**9)
+        before = set(folder.iterdir()) if part else set()
+        with writers.MetricWriter(tmp_path, resume_step=part) as writer:
+            writer.write(part + 1, {"train/loss": 1.0})
+        (new,) = set(folder.iterdir()) - before
+        assert sorted(folder.iterdir())[-1] == new

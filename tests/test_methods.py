@@ -1,0 +1,157 @@
+"""What every method must hold, whatever it does."""
+
+import copy
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from tiny import Harness, tiny_config
+
+from csc_jax import methods
+from csc_jax.checkpoint import Checkpointer
+from csc_jax.errors import UserError
+from csc_jax.models.resnet import DEPTHS, BasicBlock
+from csc_jax.train_step import init_state
+
+METHODS = methods.available()
+
+
+@pytest.fixture(autouse=True)
+def toy_backbone(monkeypatch):
+    """A block a stage: these programs are compiled for every method, twice."""
+    monkeypatch.setitem(DEPTHS, "toy", (BasicBlock, (1, 1, 1, 1)))
+
+
+DECODERS = ("con_msk", "dropout", "f_drop", "f_noise", "g_cutout", "i_vat", "obj_msk")
+SMALLER = {
+    "cct": {f"method__cct__{name}": 1 for name in DECODERS},
+    # The flaw map has 1/32 of the image's size, and of one pixel nothing could be a flaw.
+    "gct": {"data__crop_size": (64, 64), "method__gct__detector_width": 4},
+}
+
+
+def toy_config(**overrides):
+    smaller = SMALLER.get(overrides["method__name"], {})
+    return tiny_config(model__backbone="toy", model__stem="7x7", **smaller, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("method", "fsdp"), [*((method, 1) for method in METHODS), ("csc", 2)], ids=str
+)
+def test_devices_agree_and_a_run_continues(method, fsdp, monkeypatch, tmp_path):
+    """Three steps, a checkpoint, and the fourth step: from it, and on four devices."""
+    # ReLU's derivative jumps: a unit that rounding lifts over zero moves its channel's gradient by
+    # percents. A smooth one in its place leaves rounding errors alone to be compared.
+    monkeypatch.setattr(nn, "relu", nn.silu)
+    monkeypatch.setattr(nn, "leaky_relu", lambda x, negative_slope=0.01: nn.silu(x))
+    # Plain SGD: Adam divides by the root of a mean square, which blows rounding errors of near-zero
+    # gradients up to full steps.
+    config = toy_config(method__name=method, optimizer__name="sgd", optimizer__learning_rate=1e-3)
+    one, four = Harness(config, 1), Harness(config, 4, fsdp)
+    if fsdp > 1:
+        check_shares(four.init())
+    state = one.init()
+    for i in range(3):  # with csc, the bank is ready by then, so that L_c and both gates take part
+        state, metrics = one.step(state, one.batch(i))
+        assert np.isfinite(metrics["loss"])
+    # From one state: sampling and thresholds would turn rounding errors into other pixels.
+    # Each step gets a copy: it is donated, and on a CPU host arrays may share the device's memory.
+    before = jax.tree.map(np.array, jax.device_get(state))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, state, {}, {}, None)
+        restored = checkpointer.restore(abstract(one)).state
+    after, metrics_one = jax.device_get(one.step(copy.deepcopy(before), one.batch(3)))
+    if method == "csc":
+        assert metrics_one["ready"] == 1.0
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(one.step(restored, one.batch(3))),
+        (after, metrics_one),
+    )
+    after_four, metrics_four = jax.device_get(four.step(before, four.batch(3)))
+    assert metrics_one.keys() == metrics_four.keys()
+    for name, value in metrics_one.items():
+        np.testing.assert_allclose(metrics_four[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(after)]
+    leaves = zip(paths, jax.tree.leaves(after), jax.tree.leaves(after_four), strict=True)
+    for path, a, b in leaves:
+        # A sum's rounding error goes with its largest terms, not with what is left of them, and
+        # normalisation over a few pixels magnifies it. What each device does for itself alone, such
+        # as a BatchNorm or a mean that is not the whole batch's, differs by tens of percents.
+        atol = 5e-3 * float(np.max(np.abs(a), initial=0.004, where=np.isfinite(a)))
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=atol, err_msg=path)
+
+
+def abstract(harness):
+    """Shapes and places of a harness's state."""
+    shapes = jax.eval_shape(harness.init)
+    place = jax.sharding.NamedSharding(harness.mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+
+def check_shares(state):
+    """Networks and optimizer state lie in parts on the devices, the bank whole on each."""
+    leaves = jax.tree.leaves((state.student, state.teacher, state.opt_state))
+    split = [leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in leaves]
+    assert sum(split) > 20
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.bank))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "csc"])
+def test_the_module_goes_on_top(method):
+    built = Harness(toy_config(method__name=method, method__contrast="csc"))
+    state, metrics = jax.eval_shape(built.step, jax.eval_shape(built.init), built.batch(0))
+    assert state.bank.features.shape == (4, 6, 8)  # C, S, D
+    assert "projection" in state.student.params
+    assert {"loss_c", "separation", "bank_fill"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_evaluated_on_the_same_network(method):
+    def built(name):
+        harness = Harness(toy_config(method__name=name))
+        state = jax.eval_shape(harness.init)
+        images = harness.batch(0)["labeled"]["image"]
+
+        def logits(network):
+            return harness.method.task.eval_forward(network, images).logits
+
+        # Only what the output needs: neither the projection head nor any companion.
+        jaxpr = jax.jit(logits).trace(state.teacher).jaxpr.jaxpr
+        pruned, used = jax.interpreters.partial_eval.dce_jaxpr(jaxpr, [True])
+        return str(pruned), sum(used)
+
+    assert built(method) == built("supervised")
+
+
+def test_the_module_learns_on_top_of_supervised():
+    config = toy_config(
+        method__name="supervised", method__contrast="csc", contrast__bank_source="teacher"
+    )
+    harness = Harness(config)
+    state = harness.init()
+    for i in range(3):
+        state, metrics = harness.step(state, harness.batch(i))
+    assert metrics["ready"] == 1.0
+    assert state.bank.count.min() >= 1
+    assert "loss_u" not in metrics
+
+
+def test_csc_on_top_of_the_baseline_is_csc():
+    named = Harness(toy_config(method__name="csc"))
+    on_top = Harness(toy_config(method__name="cutmix_mean_teacher", method__contrast="csc"))
+    programs = [
+        harness.step.lower(jax.eval_shape(harness.init), harness.batch(0)).as_text()
+        for harness in (named, on_top)
+    ]
+    assert programs[0] == programs[1]
+    states = [
+        jax.eval_shape(lambda h=h: init_state(h.method, h.tx, 0, {})) for h in (named, on_top)
+    ]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+def test_csc_on_top_of_itself_is_refused():
+    with pytest.raises(UserError, match=r"on top of method\.name, which is csc already"):
+        Harness(tiny_config(method__contrast="csc"))
