@@ -24,7 +24,7 @@ class Probe:
         # Features of an untrained projection head have no consistency worth measuring.
         self._measured = experiment.method.projection and bool(self._images)
         self._crops = _centre_crops(self._images, config.data.crop_size) if self._measured else None
-        self._then: jax.Array | None = None
+        self._then: jax.Array | np.ndarray | None = None
         method = experiment.method
 
         def features(student: Network, images: jax.Array) -> jax.Array | None:
@@ -48,11 +48,11 @@ class Probe:
         then, self._then = self._then, now
         return None if then is None or now is None else float(self._consistency(now, then))
 
-    def features_to_keep(self, step: int) -> jax.Array | None:
+    def features_to_keep(self, step: int) -> jax.Array | np.ndarray | None:
         """Returns what a checkpoint of this step must hold for a restart to go on measuring."""
         return self._then if step % self._lag else None
 
-    def resume(self, features: jax.Array | None) -> None:
+    def resume(self, features: np.ndarray | None) -> None:
         """Takes what `features_to_keep` gave."""
         self._then = features
 

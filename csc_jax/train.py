@@ -82,9 +82,7 @@ def _train(
         state = restored.state
         iterator.set_state(restored.loop["iterator"])
     start = int(state.step)
-    if distributed.is_first():
-        data.write_partition(partition, workdir)
-        (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
+    distributed.first_only(lambda: _write_what_is_run(run, partition, workdir))
     log.info(
         "%s on %s: %d labelled, %d unlabelled, %d %s images, %d classes, %s; step %d of %d in %s",
         config.method.name,
@@ -228,6 +226,11 @@ def describe(experiment: Experiment) -> dict[str, Any]:
         "class_names": list(experiment.class_names),
         "palette": experiment.palette.tolist(),
     }
+
+
+def _write_what_is_run(run: dict[str, Any], partition: data.Partition, workdir: Path) -> None:
+    data.write_partition(partition, workdir)
+    (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
 
 
 def _check_resumed(stored: dict[str, Any], config: ConfigDict) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from toy_network import ToyNetwork
 
 from csc_jax import config as config_lib
-from csc_jax import distributed, writers
+from csc_jax import distributed, models, writers
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
 from csc_jax.experiment import build
@@ -21,12 +22,15 @@ from csc_jax.lock import lock
 
 TESTS = Path(__file__).parent
 
-# A run as from the command line, in which a process may be told to send itself a signal: at which
-# call of which method of StopRequest.
-RUN = """
+# A run as from the command line, on a network that compiles at once. A process may be told to send
+# itself a signal: at which call of which method of StopRequest.
+RUN = f"""
 import os, signal, sys
-from csc_jax import interrupt, main
+sys.path.insert(0, {str(TESTS)!r})
+from csc_jax import interrupt, main, models
+from toy_network import ToyNetwork
 
+models.build = lambda config, num_classes, aux_head: ToyNetwork(num_classes)
 when, call, name = os.environ.get("TOLD", "reached 0 SIGTERM").split()
 method, calls = getattr(interrupt.StopRequest, when), 0
 
@@ -40,9 +44,7 @@ def told(self):
 setattr(interrupt.StopRequest, when, told)
 main.run()
 """
-CONFIG = f"""
-import sys
-sys.path.insert(0, {str(TESTS)!r})
+CONFIG = """
 from pathlib import Path
 from tiny import tiny_config
 
@@ -56,9 +58,7 @@ def get_config():
         train__consistency_lag=2,
         checkpoint__every=1,
         checkpoint__keep=4,
-        # Narrower layers have features of length 0, whose direction has no gradient to speak of.
-        model__decoder_width=16,
-        model__projection_dim=16,
+        model__projection_dim=4,  # of the toy network
         method__pseudo_label__threshold=0.15,
         optimizer__name="sgd",  # adamw makes much of small differences
         optimizer__learning_rate=1e-3,
@@ -123,7 +123,8 @@ def assert_close(expected, found):
         )
 
 
-def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path):
+def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "build", lambda config, classes, aux_head: ToyNetwork(classes))
     runs = Runs(tmp_path)
     alone = runs.start("alone", 1)
     output = alone.communicate()[0]
