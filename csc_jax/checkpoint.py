@@ -33,7 +33,7 @@ class Restored:
 
     state: TrainState
     loop: dict[str, Any]  # what the host loop needs to go on, as JSON holds it
-    probe: jax.Array | None  # the probe's features, see `save`
+    probe: np.ndarray | None  # the probe's features, see `save`
     run: dict[str, Any]  # what the run says of itself: config, class names, palette
 
 
@@ -106,7 +106,7 @@ class Checkpointer:
         loop: dict[str, Any],
         run: dict[str, Any],
         miou: float | None,
-        probe: jax.Array | None = None,
+        probe: jax.Array | np.ndarray | None = None,
     ) -> None:
         """Starts writing; returns once the arrays are copied to the host.
 
@@ -201,7 +201,9 @@ class Checkpointer:
         self._check_shapes(step, like)
         items = {"state": ocp.args.StandardRestore(like), "loop": ocp.args.JsonRestore()}
         if (self.directory / str(step) / "probe").is_dir():
-            items["probe"] = ocp.args.ArrayRestore()
+            # On the host: it was written from devices that may not be there any more.
+            on_host = ocp.RestoreArgs(restore_type=np.ndarray)
+            items["probe"] = ocp.args.ArrayRestore(restore_args=on_host)
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         probe = restored["probe"] if "probe" in items else None
         return Restored(restored["state"], restored["loop"], probe, run["run"])

@@ -68,11 +68,14 @@ class Experiment:
         )
 
     def predict_image(self, network: Network, image: np.ndarray) -> np.ndarray:
-        """Returns the class ids, (H, W) uint8, of one image (H, W, 3) uint8 RGB."""
+        """Returns the class ids, (H, W) uint8, of one image (H, W, 3) uint8 RGB.
+
+        All of several processes call it with the same image.
+        """
         # The predictor wants a batch that divides by the mesh.
         batch = np.repeat(image[None], self.mesh.size, axis=0)
         height, width, _ = image.shape
-        return np.asarray(self.predict(network.variables, batch))[0, :height, :width]
+        return sharding.fetch(self.predict(network.variables, batch))[0, :height, :width]
 
     def evaluate(
         self,
@@ -83,7 +86,8 @@ class Experiment:
     ) -> evaluation.Scores:
         """Scores a network on a split in the way that `config.eval` says.
 
-        `before_batch` may raise to end it early; for `on_image` see `evaluation.evaluate`.
+        `before_batch` may raise to end it early, on all processes at the same batch; for `on_image`
+        see `evaluation.evaluate`.
         """
 
         def batches() -> Iterator[dict[str, Any]]:

@@ -4,12 +4,15 @@ python -m csc_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --save_predictions=DIR
 python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
+
+docs/scaling.md has the commands for several devices, hosts and processes.
 """
 
 import difflib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from csc_jax import config as config_lib
-from csc_jax import stored_config
+from csc_jax import distributed, stored_config
 from csc_jax.errors import Interrupted, UserError
 from csc_jax.predict import predict_folder
 from csc_jax.score import load, score
@@ -44,25 +47,51 @@ _SAVE_PREDICTIONS = flags.DEFINE_string(
 )
 _IMAGES = flags.DEFINE_string("images", None, "predict: an image or a folder of images.")
 _OUT = flags.DEFINE_string("out", None, "predict: folder for overlays and index PNGs.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Several processes started by hand: HOST:PORT of process 0. Slurm, Kubernetes, Open MPI and "
+    "TPU pods need none of these three.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
+_INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
+    "initialization_timeout", 300, "Seconds for all processes to come.", lower_bound=1
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    100,
+    "Seconds without a sign of life after which a process counts as dead and the others end.",
+    lower_bound=2,
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit status: 0, or that of the error (`errors.py`)."""
     log_to_terminal()
+    exit_status = 0
     try:
         parse(argv)
         dispatch()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        exit_status = error.exit_status
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
-        return stopped.exit_status
-    return 0
+        exit_status = stopped.exit_status
+    except Exception:
+        if not distributed.several():
+            raise
+        traceback.print_exc()
+        distributed.abandon()
+    return distributed.leave(exit_status)
 
 
 def log_to_terminal() -> None:
-    """Prints the package's messages, and only those, on standard output."""
+    """Prints the package's messages, and only those, on standard output.
+
+    Of several processes the first prints all, the others their warnings.
+    """
     log = logging.getLogger("csc_jax")
     if not log.handlers:
         log.addHandler(logging.StreamHandler(sys.stdout))
@@ -84,6 +113,18 @@ def dispatch() -> None:
     except OSError as error:  # ml-collections keeps a failure to load until the value is asked for
         raise UserError(f"--config cannot be read. {error}") from error
     workdir = Path(_required(_WORKDIR, "the folder of the run"))
+    distributed.join(
+        _COORDINATOR.value,
+        _NUM_PROCESSES.value,
+        _PROCESS_ID.value,
+        initialization_timeout=_INITIALIZATION_TIMEOUT.value,
+        heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+    )
+    if not distributed.is_first():
+        log = logging.getLogger("csc_jax")
+        log.setLevel(logging.WARNING)
+        for handler in log.handlers:
+            handler.setFormatter(logging.Formatter(f"process {jax.process_index()}: %(message)s"))
     if _SAVE_PREDICTIONS.value and _MODE.value != "evaluate":
         raise UserError(
             f"--save_predictions goes with --mode=evaluate, not with --mode={_MODE.value}."
@@ -97,6 +138,10 @@ def dispatch() -> None:
         predictions = _SAVE_PREDICTIONS.value
         score(config, workdir, _CHECKPOINT.value, Path(predictions) if predictions else None)
     else:
+        if distributed.several():
+            raise UserError(
+                "--mode=predict runs in one process; start it alone, with --num_processes=1."
+            )
         if config.eval.mode == "center_crop":
             raise UserError(
                 "--mode=predict wants whole images, but eval.mode is 'center_crop'. Set "

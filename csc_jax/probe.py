@@ -3,11 +3,11 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from csc_jax import contrast, data
 from csc_jax.experiment import Experiment
+from csc_jax.sharding import replicated
 from csc_jax.state import Network, TrainState
 
 _SALT = 0x9A9E1  # keeps the panels' random draws apart from the steps' own
@@ -24,15 +24,17 @@ class Probe:
         # Features of an untrained projection head have no consistency worth measuring.
         self._measured = experiment.method.projection and bool(self._images)
         self._crops = _centre_crops(self._images, config.data.crop_size) if self._measured else None
-        self._then: jax.Array | None = None
+        self._then: jax.Array | np.ndarray | None = None
         method = experiment.method
 
         def features(student: Network, images: jax.Array) -> jax.Array | None:
             return method.task.eval_forward(student, images, projection=True).projection
 
-        self._features = jax.jit(features)
-        self._consistency = jax.jit(contrast.consistency)
-        self._pseudo_labels = jax.jit(method.pseudo_labels)
+        # Replicated, so that each of several processes can read them.
+        whole = replicated(experiment.mesh)
+        self._features = jax.jit(features, out_shardings=whole)
+        self._consistency = jax.jit(contrast.consistency, out_shardings=whole)
+        self._pseudo_labels = jax.jit(method.pseudo_labels, out_shardings=whole)
 
     def measure(self, step: int, state: TrainState) -> float | None:
         """Returns Cons (Eq. 7) at every T-th step, T = `train.consistency_lag`; else None.
@@ -46,11 +48,11 @@ class Probe:
         then, self._then = self._then, now
         return None if then is None or now is None else float(self._consistency(now, then))
 
-    def features_to_keep(self, step: int) -> jax.Array | None:
+    def features_to_keep(self, step: int) -> jax.Array | np.ndarray | None:
         """Returns what a checkpoint of this step must hold for a restart to go on measuring."""
         return self._then if step % self._lag else None
 
-    def resume(self, features: jax.Array | None) -> None:
+    def resume(self, features: np.ndarray | None) -> None:
         """Takes what `features_to_keep` gave."""
         self._then = features
 
@@ -67,7 +69,7 @@ class Probe:
         }
         for example in self._images:
             columns[name].append(experiment.predict_image(network, example["image"]))
-            pseudo = self._pseudo_labels(key, state, jnp.asarray(example["image"][None]))
+            pseudo = self._pseudo_labels(key, state, example["image"][None])
             if pseudo is not None:
                 column = columns.setdefault("pseudo-label, hatched where M = 0", [])
                 column.append(np.asarray(pseudo)[0].astype(np.uint8))

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax import data, evaluation, visualize
+from csc_jax import data, distributed, evaluation, visualize
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
 from csc_jax.evaluation import Scores
@@ -26,7 +26,8 @@ def score(
     """Scores `config.eval.network` on `config.eval.split` and prints the table.
 
     Leaves in `workdir`/evaluation a JSON file and panels of the worst and the best images, named
-    `<split>_<network>_<step>_<mode>` with `_tta` for flips or scales.
+    `<split>_<network>_<step>_<mode>` with `_tta` for flips or scales. Of several processes the
+    first alone writes.
 
     Args:
       config: of the run; `config.eval` says what is scored, and how.
@@ -67,11 +68,15 @@ def score(
         )
 
     experiment, network, step = load(config, workdir, checkpoint)
+    if not distributed.is_first():
+        on_image = [_nothing] * bool(on_image)  # predictions are fetched on all processes or none
     scores = experiment.evaluate(network, source, on_image)
     title = f"{config.eval.network} at step {step} on {config.eval.split} of {dataset.name}"
     log.info("%s (%s):\n%s", title, _manner(config), scores.table(dataset.class_names))
     if save_predictions is not None:
         log.info("%d predictions written to %s", len(scores.per_image), save_predictions)
+    if not distributed.is_first():
+        return scores
     stem = f"{config.eval.split}_{config.eval.network}_{step}_{_manner(config)}"
     report = out / f"{stem}.json"
     try:
@@ -103,6 +108,10 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Experim
         restored = checkpointer.restore(experiment.abstract_state(), checkpoint)
     assert restored is not None  # `describe` has found it
     return experiment, restored.state
+
+
+def _nothing(name: str, classes: np.ndarray, miou: float) -> None:
+    """A callback of `evaluate`."""
 
 
 class _Extremes:

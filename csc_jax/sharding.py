@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from ml_collections import ConfigDict
 
 from csc_jax.errors import UserError
@@ -23,14 +24,18 @@ _SMALLEST = 1024
 def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
     """Returns a mesh ("data", "fsdp") over the first `devices` devices, all of them for 0.
 
+    The devices of a process lie side by side, so that its rows of a batch do too, and copies of the
+    parameters are shared within a process as far as `fsdp` allows.
+
     Args:
       devices: in the mesh.
       fsdp: devices that share one copy of the parameters.
 
     Raises:
-      UserError: more devices asked for than there are, or a number that `fsdp` does not divide.
+      UserError: more devices asked for than there are, fewer than the processes of a run have, or a
+        number that `fsdp` does not divide.
     """
-    available = jax.devices()
+    available = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     if devices > len(available):
         raise UserError(
             f"parallel.devices is {devices}, but JAX sees {len(available)} "
@@ -38,18 +43,20 @@ def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
             "0 takes all."
         )
     count = devices or len(available)
+    if count < len(available) and jax.process_count() > 1:
+        raise UserError(
+            f"parallel.devices is {devices}, but the {jax.process_count()} processes of this run "
+            f"have {len(available)} devices. Set --config.parallel.devices=0, which takes all, or "
+            "start fewer processes."
+        )
     if count % fsdp:
         raise UserError(
             f"parallel.fsdp is {fsdp}, which does not divide the {count} devices of the mesh. "
             f"Choose a divisor of {count}; 1 gives every device the whole state."
         )
     # Auto axes: the Explicit default rejects top_k, gathers and scatters on a sharded axis.
-    return jax.make_mesh(
-        (count // fsdp, fsdp),
-        ("data", "fsdp"),
-        (AxisType.Auto, AxisType.Auto),
-        devices=available[:count],
-    )
+    grid = np.array(available[:count]).reshape(count // fsdp, fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def check_batch_sizes(config: ConfigDict, mesh: Mesh) -> None:
@@ -106,3 +113,17 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(place, np.asarray(x)), batch
     )
+
+
+def place_whole(array: np.ndarray, where: Sharding) -> jax.Array:
+    """Puts a host array on the mesh that every process has in full."""
+    if where.is_fully_addressable:
+        return jax.device_put(array, where)
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """Returns the whole array on the host of every process; all of them call it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -1,5 +1,6 @@
 """The host loop: feeds the step, records, evaluates, draws, saves; continues where it stopped."""
 
+import contextlib
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax import data, visualize
+from csc_jax import data, distributed, visualize
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import Diverged, Interrupted
 from csc_jax.evaluation import Scores
@@ -35,12 +36,17 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     batch is drawn, so that a restart continues with the very next one, and everything comes out as
     if there had been none.
 
+    Of several processes each calls this, and the first alone writes, but for its share of a
+    checkpoint. A run continues on any number of processes and devices.
+
     Raises:
       UserError: anything wrong with config, data or work directory, before the first compilation.
       Diverged: too many steps in a row had no finite loss or gradient.
       Interrupted: SIGTERM or SIGINT came; a checkpoint has been written.
     """
-    dataset = load_data(config)
+    dataset = distributed.first_only(lambda: load_data(config))
+    if dataset is None:  # the first process has prepared it, unless it is on another host
+        dataset = load_data(config)
     partition = data.partition(config.data, dataset, config.seed)
     config = config_lib.resolve(config, data.steps_per_epoch(config, partition))
     iterator = data.train_iterator(
@@ -49,11 +55,10 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     val = dataset.source(config.eval.split)
     experiment = build(config, dataset.class_names, dataset.palette)
 
-    with (
-        lock(workdir),
-        StopRequest() as stop,
-        Checkpointer(workdir, config.checkpoint.keep) as checkpointer,
-    ):
+    with contextlib.ExitStack() as stack:
+        distributed.first_only(lambda: stack.enter_context(lock(workdir)))
+        stop = stack.enter_context(StopRequest())
+        checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint.keep))
         return _train(experiment, partition, iterator, val, checkpointer, stop, workdir)
 
 
@@ -77,8 +82,7 @@ def _train(
         state = restored.state
         iterator.set_state(restored.loop["iterator"])
     start = int(state.step)
-    data.write_partition(partition, workdir)
-    (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
+    distributed.first_only(lambda: _write_what_is_run(run, partition, workdir))
     log.info(
         "%s on %s: %d labelled, %d unlabelled, %d %s images, %d classes, %s; step %d of %d in %s",
         config.method.name,
@@ -101,8 +105,11 @@ def _train(
     probe.measure(start, state)
     scores: Scores | None = None
     wandb = run["config"] if config.wandb else None
-    with MetricWriter(workdir, resume_step=start, wandb=wandb) as writer:
-        progress = Progress(total, start)
+    with contextlib.ExitStack() as stack:
+        writer = distributed.first_only(
+            lambda: stack.enter_context(MetricWriter(workdir, resume_step=start, wandb=wandb))
+        )
+        progress = Progress(total, start) if distributed.is_first() else None
         recorder = _Recorder(config, writer, progress, data.steps_per_epoch(config, partition))
         # A run that was stopped before it could evaluate leaves that to the next, which then saves
         # the step again, with the score that decides whether it is the best.
@@ -120,17 +127,15 @@ def _train(
                     recorder.write(step, {"train/consistency": cons})
                 evaluation_due = step % config.train.eval_every == 0 or step == total
                 save_now = step % config.checkpoint.every == 0 or step == total
-            stopping, miou = stop.reached(step), None
+            stopping, miou = stop.reached(), None
             if evaluation_due or save_now or stopping:
                 recorder.flush()
             if evaluation_due and not stopping:
                 try:
                     scores = evaluate_and_draw(
-                        experiment, state, val, step, probe, writer, workdir, stop
+                        experiment, state, val, step, probe, recorder, workdir, stop
                     )
                     miou, evaluation_due = scores.miou, False
-                    progress.evaluated(step, miou, scores.note)
-                    recorder.restart_clock()
                 except EvaluationStopped:
                     stopping = True
             # What is restored is saved again only with the score that it lacked.
@@ -151,7 +156,7 @@ def _train(
                     f"Stopped by {stop.name} after step {step} of {total}, with a checkpoint; the "
                     "same command continues from there."
                 )
-        progress.close()
+        recorder.close()
     if scores is None:  # nothing was left to do
         scores = experiment.evaluate(getattr(state, config.eval.network), val)
     log.info(
@@ -169,7 +174,7 @@ def evaluate_and_draw(
     val: data.Source,
     step: int,
     probe: Probe,
-    writer: MetricWriter,
+    recorder: "_Recorder",
     workdir: Path,
     stop: StopRequest,
 ) -> Scores:
@@ -180,11 +185,12 @@ def evaluate_and_draw(
         f"val/{name}_iou/{cls}": float(value)
         for cls, value in zip(experiment.class_names, scores.iou, strict=True)
     }
-    writer.write(step, {f"val/{name}_miou": scores.miou, **iou})
+    recorder.write(step, {f"val/{name}_miou": scores.miou, **iou})
     try:
         _draw(experiment, state, step, probe, scores, workdir)
     except OSError as error:  # a full disk must not end a run for a picture
         log.warning("step %d: plots cannot be written (%s); training goes on", step, error)
+    recorder.evaluated(step, scores)
     return scores
 
 
@@ -198,10 +204,13 @@ def _draw(
 ) -> None:
     method = experiment.config.method.name
     note = f" ({scores.note})" if scores.note else ""
-    if experiment.config.train.panels:
+    panel = probe.panel(state) if experiment.config.train.panels else None
+    if not distributed.is_first():
+        return
+    if panel is not None:
         visualize.save_panel(
             workdir / "plots" / f"panel_{step:06d}.png",
-            probe.panel(state),
+            panel,
             experiment.palette,
             experiment.class_names,
             f"{method}, step {step}, mIoU {100 * scores.miou:.1f}%{note}",
@@ -219,6 +228,11 @@ def describe(experiment: Experiment) -> dict[str, Any]:
     }
 
 
+def _write_what_is_run(run: dict[str, Any], partition: data.Partition, workdir: Path) -> None:
+    data.write_partition(partition, workdir)
+    (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
+
+
 def _check_resumed(stored: dict[str, Any], config: ConfigDict) -> None:
     for line in config_lib.check_resumed(stored["config"], config):
         log.info("changed since the checkpoint: %s", line)
@@ -232,8 +246,13 @@ class _Recorder:
     """
 
     def __init__(
-        self, config: ConfigDict, writer: MetricWriter, progress: Progress, steps_per_epoch: int
+        self,
+        config: ConfigDict,
+        writer: MetricWriter | None,
+        progress: Progress | None,
+        steps_per_epoch: int,
     ):
+        """Writes and shows nothing where both are None, on all processes but the first."""
         self._every = config.train.log_every
         self._images = config.batch.labeled + config.batch.unlabeled
         self._writer = writer
@@ -273,7 +292,19 @@ class _Recorder:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records values that are not averaged."""
-        self._writer.write(step, values)
+        if self._writer is not None:
+            self._writer.write(step, values)
+
+    def evaluated(self, step: int, scores: Scores) -> None:
+        """Shows new scores; what they took is no training time."""
+        if self._progress is not None:
+            self._progress.evaluated(step, scores.miou, scores.note)
+        self.restart_clock()
+
+    def close(self) -> None:
+        """Ends the progress line."""
+        if self._progress is not None:
+            self._progress.close()
 
     def _fetch(self) -> None:
         if self._pending is None:
@@ -295,8 +326,9 @@ class _Recorder:
         now = time.perf_counter()
         values["train/images_per_second"] = self._images * len(self._window) / (now - self._since)
         self._window, self._since = [], now
-        self._writer.write(step, values)
-        self._progress.update(step, values)
+        self.write(step, values)
+        if self._progress is not None:
+            self._progress.update(step, values)
 
 
 class _BankWatch:
@@ -370,4 +402,5 @@ def _why(
 
 def _devices(experiment: Experiment) -> str:
     device = experiment.mesh.devices.flat[0]
-    return f"{experiment.mesh.size} x {device.device_kind}"
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{experiment.mesh.size} x {device.device_kind}{processes}"

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from csc_jax.sharding import fetch, place_whole
+
 
 def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
     """Counts the pixels of every (true class, predicted class) pair.
@@ -118,6 +120,9 @@ def evaluate(
 ) -> Scores:
     """Scores a network over all batches.
 
+    Of several processes each goes through all batches and has in the end the scores of all: it
+    reads every image, and its devices predict and count their rows of each batch.
+
     Args:
       predict: as returned by `make_predictor`.
       variables: passed to `predict`.
@@ -137,8 +142,8 @@ def evaluate(
     def finish(batch: Mapping[str, Any], predictions: jax.Array, mious: jax.Array) -> None:
         height, width = batch["label"].shape[1:]
         # Class ids stay on the device unless somebody wants them.
-        classes = np.asarray(predictions)[:, :height, :width] if on_image else None
-        rows = zip(batch["ids"], batch["valid"], np.asarray(mious), strict=True)
+        classes = fetch(predictions)[:, :height, :width] if on_image else None
+        rows = zip(batch["ids"], batch["valid"], fetch(mious), strict=True)
         for i, (name, valid, miou) in enumerate(rows):
             if not valid:
                 continue
@@ -183,7 +188,7 @@ class _Counter:
         if self._pixels + labels.size > _MOST_PIXELS:
             self._fetch()
         self._pixels += labels.size
-        on_device = jax.device_put(labels, predictions.sharding)
+        on_device = place_whole(labels, predictions.sharding)
         counts, mious = _count(on_device, predictions, self._num_classes)
         self._on_device = counts if self._on_device is None else self._on_device + counts
         return mious
@@ -195,7 +200,7 @@ class _Counter:
 
     def _fetch(self) -> None:
         if self._on_device is not None:
-            self._on_host += np.asarray(self._on_device)
+            self._on_host += fetch(self._on_device)
         self._on_device, self._pixels = None, 0
 
 

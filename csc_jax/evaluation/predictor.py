@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from csc_jax.errors import UserError
-from csc_jax.sharding import batch_sharding
+from csc_jax.sharding import batch_sharding, place_whole
 
 log = logging.getLogger("csc_jax")
 
@@ -118,7 +118,7 @@ def make_predictor(
                     "--config.eval.size_multiple=64 pads them to fewer.",
                     _MANY_SHAPES,
                 )
-        return class_ids(variables, jax.device_put(images, sharding), size)
+        return class_ids(variables, place_whole(images, sharding), size)
 
     return predict
 
