@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from csc_jax import config as config_lib
 from csc_jax import distributed, stored_config
-from csc_jax.errors import Interrupted, UserError
+from csc_jax.errors import Diverged, Interrupted, UserError
 from csc_jax.predict import predict_folder
 from csc_jax.score import load, score
 from csc_jax.train import train
@@ -102,7 +102,14 @@ def log_to_terminal() -> None:
 
 def run() -> None:
     """Entry point of the `csc-jax` command."""
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    if status in (UserError.exit_status, Diverged.exit_status):
+        # After a checkpoint that could not be written, threads of Orbax wait for ten minutes for
+        # word of it, and an orderly exit would wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def dispatch() -> None:
