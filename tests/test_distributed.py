@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
 from csc_jax.experiment import build
 from csc_jax.lock import lock
+from csc_jax.train import train
 
 TESTS = Path(__file__).parent
 
@@ -51,10 +53,9 @@ from tiny import tiny_config
 def get_config():
     return tiny_config(
         Path(__file__).parent,
-        parallel__devices=0,
-        train__panels=1,
         train__steps=4,
         train__eval_every=3,
+        train__panels=1,
         train__consistency_lag=2,
         checkpoint__every=1,
         checkpoint__keep=4,
@@ -66,42 +67,36 @@ def get_config():
 """
 
 
-class Runs:
-    """Starts training in work directories below `folder`."""
+def pair(folder: Path, name: str, told: str = "") -> list[tuple[int, str]]:
+    """Trains in two processes of two devices, of which the second is told.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.config = folder / "config.py"
-        self.config.write_text(CONFIG)
-
-    def start(self, name: str, devices: int, *flags: str, told: str = "") -> subprocess.Popen:
-        """Starts one process that sees so many devices."""
-        xla = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
-        environment = os.environ | {"XLA_FLAGS": xla} | ({"TOLD": told} if told else {})
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-c", RUN, f"--config={self.config}"),
-                *(f"--workdir={self.folder / name}", *flags),
-            ],
+    Returns the exit status and the output of each.
+    """
+    xla = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=2")
+    environment = os.environ | {
+        "XLA_FLAGS": xla,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [
+        *(sys.executable, "-c", RUN, f"--config={folder / 'config.py'}"),
+        *(f"--workdir={folder / name}", "--config.parallel.devices=0"),
+        *(f"--coordinator={address}", "--num_processes=2", "--heartbeat_timeout=10"),
+    ]
+    both = [
+        subprocess.Popen(
+            [*command, f"--process_id={i}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=environment | ({"TOLD": told} if told and i else {}),
         )
-
-    def pair(self, name: str, told: str = "") -> list[tuple[int, str]]:
-        """Runs two processes of two devices; the second is told. Returns statuses and output."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        flags = [f"--coordinator={address}", "--num_processes=2", "--heartbeat_timeout=5"]
-        both = [
-            self.start(name, 2, *flags, f"--process_id={i}", told=told if i else "")
-            for i in range(2)
-        ]
-        output = [process.communicate()[0] for process in both]
-        return [(process.returncode, text) for process, text in zip(both, output, strict=True)]
+        for i in range(2)
+    ]
+    output = [process.communicate()[0] for process in both]
+    return [(process.returncode, text) for process, text in zip(both, output, strict=True)]
 
 
 def saved(workdir, step):
@@ -125,19 +120,18 @@ def assert_close(expected, found):
 
 def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "build", lambda config, classes, aux_head: ToyNetwork(classes))
-    runs = Runs(tmp_path)
-    alone = runs.start("alone", 1)
-    output = alone.communicate()[0]
-    assert alone.returncode == 0, output
+    (tmp_path / "config.py").write_text(CONFIG)
+    config = runpy.run_path(str(tmp_path / "config.py"))["get_config"]()
+    train(config, tmp_path / "alone")
 
-    (status, output), (killed, _) = runs.pair("pair", told="reached 4 SIGKILL")  # step 3
+    (status, output), (killed, _) = pair(tmp_path, "pair", told="reached 4 SIGKILL")  # step 3
     assert killed == -signal.SIGKILL
     # Whichever comes first: a broken connection, or JAX misses the other's heartbeat.
     ends = {1: "error: process 0 of 2 ends, and with it the run", -signal.SIGABRT: "another task"}
     assert ends[status] in output
 
     # The second is told while the first evaluation, at step 3, is under way.
-    first, second = runs.pair("pair", told="interrupt_evaluation 1 SIGTERM")
+    first, second = pair(tmp_path, "pair", told="interrupt_evaluation 1 SIGTERM")
     assert (first[0], second[0]) == (75, 75), first[1] + second[1]
     assert re.search(r"4 x cpu of 2 processes; step [12] of 4 in", first[1])
     assert "Stopped by a signal to another process after step 3 of 4" in first[1]
@@ -147,9 +141,7 @@ def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path, monkey
     assert_close(saved(tmp_path / "alone", 3), saved(tmp_path / "pair", 3))
 
     # Another number of processes and devices.
-    moved = runs.start("pair", 1)
-    output = moved.communicate()[0]
-    assert moved.returncode == 0, output
+    train(config, tmp_path / "pair")
     assert_close(saved(tmp_path / "alone", 4), saved(tmp_path / "pair", 4))
     records = [writers.read_metrics(tmp_path / name) for name in ("alone", "pair")]
     for a, b in zip(*records, strict=True):
@@ -162,8 +154,9 @@ def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path, monkey
 
 
 def test_an_error_of_the_first_process_is_one_of_all(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
     with lock(tmp_path / "taken"):
-        for status, output in Runs(tmp_path).pair("taken"):
+        for status, output in pair(tmp_path, "taken"):
             assert status == UserError.exit_status
             assert f"taken is in use by process {os.getpid()}" in output
 
