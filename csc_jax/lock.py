@@ -27,7 +27,7 @@ def lock(workdir: Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}. Choose another --workdir.") from error
+        raise _not_writable(path, error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,11 +36,18 @@ def lock(workdir: Path) -> Iterator[None]:
                 f"{workdir} is in use by {_holder(path)}. Wait for that run, stop it, or choose "
                 "another --workdir."
             ) from error
-        file.truncate(0)
-        json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
-        file.flush()
+        try:
+            file.truncate(0)
+            json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
+            file.flush()
+        except OSError as error:
+            raise _not_writable(path, error) from error
         yield
         file.truncate(0)
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written: {error}. Make room, or choose another --workdir.")
 
 
 def _holder(path: Path) -> str:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from csc_jax import config as config_lib
 from csc_jax import data, distributed, visualize
 from csc_jax.checkpoint import Checkpointer
-from csc_jax.errors import Diverged, Interrupted
+from csc_jax.errors import Diverged, Interrupted, UserError
 from csc_jax.evaluation import Scores
 from csc_jax.experiment import Experiment, build, load_data
 from csc_jax.interrupt import EvaluationStopped, StopRequest
@@ -229,8 +229,13 @@ def describe(experiment: Experiment) -> dict[str, Any]:
 
 
 def _write_what_is_run(run: dict[str, Any], partition: data.Partition, workdir: Path) -> None:
-    data.write_partition(partition, workdir)
-    (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
+    try:
+        data.write_partition(partition, workdir)
+        (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{workdir} cannot be written: {error}. Make room, or choose another --workdir."
+        ) from error
 
 
 def _check_resumed(stored: dict[str, Any], config: ConfigDict) -> None:
