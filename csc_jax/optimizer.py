@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -14,13 +15,21 @@ def learning_rate_schedule(config: ConfigDict, total_steps: int) -> optax.Schedu
       config: `config.optimizer`.
       total_steps: T, optimizer steps of the whole run.
     """
-    decay = optax.polynomial_schedule(
-        config.learning_rate, 0.0, config.power, max(total_steps - config.warmup, 1)
-    )
+    steps = max(total_steps - config.warmup, 1)
+    decay = polynomial_decay(config.learning_rate, config.power, steps)
     if not config.warmup:
         return decay
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
     return optax.join_schedules([warmup, decay], [config.warmup])
+
+
+def polynomial_decay(rate: float, power: float, total_steps: int) -> optax.Schedule:
+    """Returns step t -> rate * (1 - t/T)^power; from t = T - 1 on it changes no more.
+
+    At T itself optax's base can be rounded to just below 0, whose power is NaN.
+    """
+    decay = optax.polynomial_schedule(rate, 0.0, power, total_steps)
+    return lambda step: decay(jnp.minimum(step, total_steps - 1))
 
 
 def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""Every test runs on four virtual CPU devices, with JAX's rank check on and warnings as errors."""
+"""Every test runs on eight virtual CPU devices, with JAX's rank check on and warnings as errors."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # no longer has, in a quarter: compilation is what tests spend theirs on.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 # A flag that XLA does not know ends the process.
 older = version("jaxlib") < "0.12"
@@ -66,7 +66,7 @@ def mesh1() -> jax.sharding.Mesh:
 
 @pytest.fixture(scope="session")
 def mesh4() -> jax.sharding.Mesh:
-    """A mesh of all four devices."""
+    """A mesh of four devices."""
     from csc_jax import sharding
 
     return sharding.make_mesh(4)

@@ -72,7 +72,7 @@ def pair(folder: Path, name: str, told: str = "") -> list[tuple[int, str]]:
 
     Returns the exit status and the output of each.
     """
-    xla = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=2")
+    xla = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     environment = os.environ | {
         "XLA_FLAGS": xla,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from tiny import Harness, tiny_config
+from tiny import CLASSES, Harness, tiny_config
+from toy_network import ToyNetwork
 
 from csc_jax import methods
 from csc_jax.checkpoint import Checkpointer
@@ -19,7 +20,7 @@ METHODS = methods.available()
 
 @pytest.fixture(autouse=True)
 def toy_backbone(monkeypatch):
-    """A block a stage: these programs are compiled for every method, twice."""
+    """A block a stage."""
     monkeypatch.setitem(DEPTHS, "toy", (BasicBlock, (1, 1, 1, 1)))
 
 
@@ -37,20 +38,27 @@ def toy_config(**overrides):
 
 
 @pytest.mark.parametrize(
-    ("method", "fsdp"), [*((method, 1) for method in METHODS), ("csc", 2)], ids=str
+    ("method", "devices", "fsdp"),
+    [*((method, 4, 1) for method in METHODS), ("csc", 2, 1), ("csc", 8, 1), ("supervised", 4, 2)],
 )
-def test_devices_agree_and_a_run_continues(method, fsdp, monkeypatch, tmp_path):
-    """Three steps, a checkpoint, and the fourth step: from it, and on four devices."""
+def test_devices_agree_and_a_run_continues(method, devices, fsdp, monkeypatch, tmp_path):
+    """Three steps, a checkpoint, and the fourth step: from it, and on several devices."""
     # ReLU's derivative jumps: a unit that rounding lifts over zero moves its channel's gradient by
     # percents. A smooth one in its place leaves rounding errors alone to be compared.
     monkeypatch.setattr(nn, "relu", nn.silu)
     monkeypatch.setattr(nn, "leaky_relu", lambda x, negative_slope=0.01: nn.silu(x))
     # Plain SGD: Adam divides by the root of a mean square, which blows rounding errors of near-zero
     # gradients up to full steps.
-    config = toy_config(method__name=method, optimizer__name="sgd", optimizer__learning_rate=1e-3)
-    one, four = Harness(config, 1), Harness(config, 4, fsdp)
-    if fsdp > 1:
-        check_shares(four.init())
+    config = toy_config(
+        method__name=method,
+        optimizer__name="sgd",
+        optimizer__learning_rate=1e-3,
+        batch__labeled=max(4, devices),
+        batch__unlabeled=max(4, devices),
+    )
+    # With the real network compilation takes minutes; test_train_step.py compares that one.
+    model = ToyNetwork(CLASSES, config.model.projection_dim, dropout=0.1) if fsdp == 1 else None
+    one, several = Harness(config, 1, model=model), Harness(config, devices, fsdp, model)
     state = one.init()
     for i in range(3):  # with csc, the bank is ready by then, so that L_c and both gates take part
         state, metrics = one.step(state, one.batch(i))
@@ -70,12 +78,12 @@ def test_devices_agree_and_a_run_continues(method, fsdp, monkeypatch, tmp_path):
         jax.device_get(one.step(restored, one.batch(3))),
         (after, metrics_one),
     )
-    after_four, metrics_four = jax.device_get(four.step(before, four.batch(3)))
-    assert metrics_one.keys() == metrics_four.keys()
+    after_several, metrics_several = jax.device_get(several.step(before, several.batch(3)))
+    assert metrics_one.keys() == metrics_several.keys()
     for name, value in metrics_one.items():
-        np.testing.assert_allclose(metrics_four[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(metrics_several[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(after)]
-    leaves = zip(paths, jax.tree.leaves(after), jax.tree.leaves(after_four), strict=True)
+    leaves = zip(paths, jax.tree.leaves(after), jax.tree.leaves(after_several), strict=True)
     for path, a, b in leaves:
         # A sum's rounding error goes with its largest terms, not with what is left of them, and
         # normalisation over a few pixels magnifies it. What each device does for itself alone, such
@@ -91,8 +99,8 @@ def abstract(harness):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
 
-def check_shares(state):
-    """Networks and optimizer state lie in parts on the devices, the bank whole on each."""
+def test_fsdp_splits_networks_and_optimizer_and_no_bank():
+    state = Harness(toy_config(method__name="csc"), 4, fsdp=2).init()
     leaves = jax.tree.leaves((state.student, state.teacher, state.opt_state))
     split = [leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in leaves]
     assert sum(split) > 20

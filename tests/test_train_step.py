@@ -10,7 +10,7 @@ from csc_jax import contrast
 from csc_jax.evaluation import Scores, confusion_matrix
 from csc_jax.methods.shared import teacher_decay
 from csc_jax.models import resize_aligned
-from csc_jax.optimizer import make_optimizer
+from csc_jax.optimizer import make_optimizer, polynomial_decay
 from csc_jax.state import Network, update_ema
 
 
@@ -203,3 +203,11 @@ def test_sgd_is_pytorchs_with_polynomial_decay_and_head_multiplier():
             expected[name] -= factor * rate * velocity[name]
     for name, value in expected.items():
         np.testing.assert_allclose(params[name]["w"], value, rtol=1e-5)
+
+
+def test_the_rate_is_finite_beyond_the_last_step():
+    """In one program with its count, optax's polynomial is NaN at 6 of 6 steps."""
+    for steps in range(1, 50):
+        rate = jax.jit(polynomial_decay(0.1, 0.9, steps))
+        last = 0.1 * (1 / steps) ** 0.9
+        np.testing.assert_allclose([rate(steps - 1), rate(steps), rate(steps + 1)], last, rtol=1e-4)

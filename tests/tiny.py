@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -51,10 +52,17 @@ def tiny_config(tmp_path: Path | None = None, **overrides: object) -> ConfigDict
 class Harness:
     """Method, optimizer and compiled step of a config on `devices` devices, without data."""
 
-    def __init__(self, config: ConfigDict, devices: int = 1, fsdp: int = 1):
+    def __init__(
+        self,
+        config: ConfigDict,
+        devices: int = 1,
+        fsdp: int = 1,
+        model: nn.Module | None = None,
+    ):
         config = config_lib.resolve(config, steps_per_epoch=4)
         self.config = config
-        model = models.build(config.model, CLASSES, aux_head=config.loss.aux_weight > 0)
+        if model is None:
+            model = models.build(config.model, CLASSES, aux_head=config.loss.aux_weight > 0)
         self.method = methods.build(methods.Task(config, model, CLASSES, config.train.steps))
         self.mesh = sharding.make_mesh(devices, fsdp)
         self.tx = combine(self.method.optimizers())

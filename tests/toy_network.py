@@ -18,6 +18,8 @@ class ToyNetwork(nn.Module):
     """What `Task` needs of a network; every output is linear in 4x4 px means of the image."""
 
     num_classes: int
+    projection_dim: int = 4
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x, train, projection=True, perturb=None):
@@ -26,8 +28,9 @@ class ToyNetwork(nn.Module):
         deep = nn.BatchNorm(use_running_average=not train, name="bn")(deep)
         if perturb is not None:
             deep = perturb(Features(deep, deep, deep)).deep
+        deep = nn.Dropout(self.dropout, deterministic=not train)(deep)
         logits = nn.Conv(self.num_classes, (1, 1), name="classifier")(deep)
-        project = nn.Conv(4, (1, 1), name="projection") if projection else None
+        project = nn.Conv(self.projection_dim, (1, 1), name="projection") if projection else None
         encoded = nn.avg_pool(deep, (4, 4), (4, 4))
         return Outputs(logits, project(deep) if project else None, None, encoded)
 

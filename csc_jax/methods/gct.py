@@ -1,12 +1,12 @@
 """Guided collaborative training: two networks, and a detector of the flaws in their predictions.
 
 Ke et al., "Guided collaborative training for pixel-wise semi-supervised learning", ECCV 2020:
-Sec. 3.1 (two task networks of different initialisation, a flaw detector on image and prediction,
-its target made of the error on labelled images by blurring, dilating and normalising), Sec. 3.2
-(dynamic consistency: where one network's flaw is larger, it follows the other) and Sec. 3.3 (flaw
-correction: where both are bad, the flaw map is pushed to 0). Constants are those of the authors'
-code (PixelSSL, semantic segmentation on VOC); so are the detector's layers, its Adam with betas 0.9
-and 0.99, and the blurs, whose size goes with the image's.
+Sec. 3: two task networks of different initialisation; a flaw detector on image and prediction, its
+target made of the error on labelled images by blurring, dilating and normalising; the dynamic
+consistency constraint (where one network's flaw is larger, it follows the other) and the flaw
+correction constraint (where both are bad, the flaw map is pushed to 0). Constants are those of the
+authors' code (PixelSSL, semantic segmentation on VOC); so are the detector's layers, its Adam with
+betas 0.9 and 0.99, and the blurs, whose size goes with the image's.
 
 What differs: the detector's stride-1 layers keep the size of their input, where theirs lose a pixel
 each, so that smaller crops do (32 px make a map of one pixel, 64 px one of four); it sees the maps
@@ -31,6 +31,7 @@ from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method, Task
 from csc_jax.models import resize_aligned
 from csc_jax.models.layers import BatchNorm
+from csc_jax.optimizer import polynomial_decay
 from csc_jax.state import Network, TrainState, update_ema
 
 _CLIP = 0.1  # a flaw map that stays below it shows no flaw (FlawmapHandler of the authors' code)
@@ -54,8 +55,8 @@ class GCT(Method):
 
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
         config = self.task.config
-        rate = optax.polynomial_schedule(
-            config.method.gct.detector_rate, 0.0, config.optimizer.power, self.task.total_steps
+        rate = polynomial_decay(
+            config.method.gct.detector_rate, config.optimizer.power, self.task.total_steps
         )
         return super().optimizers() | {"detector": optax.adam(rate, b1=0.9, b2=0.99)}
 

