@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Harness, tiny_config
+from tiny import tiny_config
+from toy_network import toy_harness
 
 from csc_jax import config as config_lib
 from csc_jax import data, losses, writers
@@ -201,7 +202,7 @@ def poisoned(labels_limit):
 
 def test_a_step_that_is_not_finite_leaves_the_state_alone(monkeypatch):
     monkeypatch.setattr(losses, "cross_entropy", poisoned(250))
-    harness = Harness(tiny_config())
+    harness = toy_harness(tiny_config())
     state = harness.init()
     for i in range(2):
         state, _ = harness.step(state, harness.batch(i))

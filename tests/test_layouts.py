@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny  # noqa: F401  (brings the backbone resnet10)
 import trees
 from ml_collections import ConfigDict
 from PIL import Image
@@ -31,7 +32,8 @@ def shrunk(name: str, folder: Path) -> ConfigDict:
     c.data.image_size = (0, 0)
     c.data.crop_size = (24, 32)
     c.batch.labeled = c.batch.unlabeled = 2
-    c.model.backbone, c.model.width, c.model.decoder_width = "resnet18", 4, 8
+    c.model.backbone, c.model.stem = "resnet10", "7x7"
+    c.model.width, c.model.decoder_width = 4, 8
     c.model.output_stride, c.model.projection_dim = 16, 8
     c.method.name = "supervised"
     c.train.epochs, c.train.steps, c.train.eval_every, c.train.panels = 0.0, 2, 2, 0

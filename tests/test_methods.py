@@ -6,22 +6,15 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from tiny import CLASSES, Harness, tiny_config
-from toy_network import ToyNetwork
+from tiny import Harness, tiny_config
+from toy_network import toy_harness
 
 from csc_jax import methods
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
-from csc_jax.models.resnet import DEPTHS, BasicBlock
 from csc_jax.train_step import init_state
 
 METHODS = methods.available()
-
-
-@pytest.fixture(autouse=True)
-def toy_backbone(monkeypatch):
-    """A block a stage."""
-    monkeypatch.setitem(DEPTHS, "toy", (BasicBlock, (1, 1, 1, 1)))
 
 
 DECODERS = ("con_msk", "dropout", "f_drop", "f_noise", "g_cutout", "i_vat", "obj_msk")
@@ -34,7 +27,7 @@ SMALLER = {
 
 def toy_config(**overrides):
     smaller = SMALLER.get(overrides["method__name"], {})
-    return tiny_config(model__backbone="toy", model__stem="7x7", **smaller, **overrides)
+    return tiny_config(**smaller, **overrides)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +49,9 @@ def test_devices_agree_and_a_run_continues(method, devices, fsdp, monkeypatch, t
         batch__labeled=max(4, devices),
         batch__unlabeled=max(4, devices),
     )
-    # With the real network compilation takes minutes; test_train_step.py compares that one.
-    model = ToyNetwork(CLASSES, config.model.projection_dim, dropout=0.1) if fsdp == 1 else None
-    one, several = Harness(config, 1, model=model), Harness(config, devices, fsdp, model)
+    # Compiled with the real network all these programs would take minutes; one row has it.
+    build = toy_harness if fsdp == 1 else Harness
+    one, several = build(config), build(config, devices, fsdp)
     state = one.init()
     for i in range(3):  # with csc, the bank is ready by then, so that L_c and both gates take part
         state, metrics = one.step(state, one.batch(i))
@@ -138,7 +131,7 @@ def test_the_module_learns_on_top_of_supervised():
     config = toy_config(
         method__name="supervised", method__contrast="csc", contrast__bank_source="teacher"
     )
-    harness = Harness(config)
+    harness = toy_harness(config)
     state = harness.init()
     for i in range(3):
         state, metrics = harness.step(state, harness.batch(i))

@@ -1,10 +1,11 @@
-"""The step: equal on one and several devices, learning, faithful to the equations."""
+"""The step: learning, repeatable, faithful to the equations."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import CLASSES, Harness, tiny_config
+from toy_network import toy_harness
 
 from csc_jax import contrast
 from csc_jax.evaluation import Scores, confusion_matrix
@@ -14,8 +15,8 @@ from csc_jax.optimizer import make_optimizer, polynomial_decay
 from csc_jax.state import Network, update_ema
 
 
-def run(config, devices, steps):
-    harness = Harness(config, devices)
+def run(config, steps):
+    harness = Harness(config)
     state, history = harness.init(), []
     for i in range(steps):
         state, metrics = harness.step(state, harness.batch(i))
@@ -25,8 +26,8 @@ def run(config, devices, steps):
 
 @pytest.fixture(scope="module")
 def csc_run():
-    """30 steps of csc on one device."""
-    return run(tiny_config(train__steps=30, contrast__weight=0.1), 1, 30)
+    """30 steps of csc."""
+    return run(tiny_config(train__steps=30, contrast__weight=0.1), 30)
 
 
 def test_training_lowers_the_loss_and_raises_miou():
@@ -69,7 +70,7 @@ def test_csc_lowers_the_loss_and_fills_the_bank(csc_run):
 
 
 def test_the_same_seed_repeats_the_run(csc_run):
-    again, _ = run(tiny_config(train__steps=30, contrast__weight=0.1), 1, 30)
+    again, _ = run(tiny_config(train__steps=30, contrast__weight=0.1), 30)
     for a, b in zip(jax.tree.leaves(csc_run[0]), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -115,7 +116,7 @@ def test_the_gradient_is_that_of_the_unsupervised_loss_only_after_supervised_onl
         method__pseudo_label__threshold=0.0,
         train__steps=4,
     )
-    harness = Harness(config)
+    harness = toy_harness(config)
     state = harness.init()
     for i in range(3):
         state, metrics = harness.step(state, harness.batch(i))
@@ -141,7 +142,7 @@ def test_the_gradient_is_that_of_the_unsupervised_loss_only_after_supervised_onl
 )
 def test_parts_of_csc_switch_on_one_by_one(parts, has_bank):
     config = tiny_config(**{f"contrast__{name}": value for name, value in parts.items()})
-    harness = Harness(config)
+    harness = toy_harness(config)
     state = harness.init()
     assert (state.bank is not None) == has_bank
     for i in range(4):
@@ -158,7 +159,7 @@ def test_parts_of_csc_switch_on_one_by_one(parts, has_bank):
 
 
 def test_contrast_starts_when_told():
-    harness = Harness(tiny_config(contrast__start=2))
+    harness = toy_harness(tiny_config(contrast__start=2))
     state = harness.init()
     for i in range(4):
         state, metrics = harness.step(state, harness.batch(i))
