@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from csc_jax import models
+from csc_jax.models import convolution
+from csc_jax.models.convolution import convolve
 from csc_jax.models.depthwise import _by_xla, convolve_depthwise
-from csc_jax.models.layers import BatchNorm, ConvNorm, convolve
+from csc_jax.models.layers import BatchNorm, ConvNorm
 from csc_jax.models.resnet import _max_pool
 
 
@@ -49,25 +51,46 @@ def test_convolve_matches_its_definition(size, kernel_size, stride, dilation):
     np.testing.assert_allclose(conv(x, kernel, stride, dilation), expected, atol=1e-5)
 
 
-def test_gradient_of_dilated_convolution():
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "stride", "dilation"),
+    [
+        ((5, 6), 3, 1, 1),
+        ((5, 6), 3, 1, 2),
+        ((5, 6), 3, 1, 4),  # tap by tap
+        ((5, 6), 3, 2, 1),
+        ((6, 5), 3, 2, 2),
+        ((7, 6), 7, 2, 1),
+    ],
+)
+@pytest.mark.parametrize("large_map", [1, 10_000])  # at least, in pixels
+def test_gradients_of_convolutions_are_those_of_xla(
+    large_map, size, kernel_size, stride, dilation, monkeypatch
+):
+    monkeypatch.setattr(convolution, "_LARGE_MAP", large_map)
     rng = np.random.default_rng(1)
-    x = rng.standard_normal((1, 5, 6, 2)).astype(np.float32)
-    kernel = rng.standard_normal((3, 3, 2, 3)).astype(np.float32)
-    weight = rng.standard_normal((1, 5, 6, 3)).astype(np.float32)
+    pad = dilation * (kernel_size - 1) // 2
+    x = rng.standard_normal((2, *size, 2)).astype(np.float32)
+    kernel = rng.standard_normal((kernel_size, kernel_size, 2, 3)).astype(np.float32)
 
     def plain(x, kernel):
-        numbers = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), ((4, 4), (4, 4)), rhs_dilation=(4, 4), dimension_numbers=numbers
+            x,
+            kernel,
+            (stride, stride),
+            ((pad, pad), (pad, pad)),
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+
+    weight = np.float32(rng.standard_normal(jax.eval_shape(plain, x, kernel).shape))
 
     def gradient(conv):
         scalar = jax.grad(lambda x, k: jnp.sum(conv(x, k) * weight), argnums=(0, 1))
         return jax.jit(scalar)(x, kernel)
 
-    by_taps, by_xla = gradient(lambda x, k: convolve(x, k, dilation=4)), gradient(plain)
-    for ours, reference in zip(by_taps, by_xla, strict=True):
-        np.testing.assert_allclose(ours, reference, atol=1e-5)
+    ours = gradient(lambda x, k: convolve(x, k, stride, dilation))
+    for mine, reference in zip(ours, gradient(plain), strict=True):
+        np.testing.assert_allclose(mine, reference, atol=1e-5)
 
 
 def test_dilated_convolution_in_bfloat16_rounds_once():

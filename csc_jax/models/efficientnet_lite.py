@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from csc_jax.models.convolution import convolve
 from csc_jax.models.depthwise import convolve_depthwise
-from csc_jax.models.layers import BatchNorm, Features, checkpoint_block, convolve
+from csc_jax.models.layers import BatchNorm, Features, checkpoint_block
 
 
 class Stage(NamedTuple):

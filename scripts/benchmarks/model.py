@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.timing import Candidate, Timing, candidate, compiled, machine, table, take_turns
 from csc_jax import losses, models
-from csc_jax.models.layers import convolve
+from csc_jax.models.convolution import convolve
 
 DILATIONS = (1, 2, 4, 8, 12, 16, 24, 36)
 
