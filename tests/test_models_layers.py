@@ -60,17 +60,20 @@ def test_convolve_matches_its_definition(size, kernel_size, stride, dilation):
         ((5, 6), 3, 2, 1),
         ((6, 5), 3, 2, 2),
         ((7, 6), 7, 2, 1),
+        ((5, 6), 1, 1, 1),
+        ((5, 6), 1, 2, 1),
     ],
 )
+@pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("large_map", [1, 10_000])  # at least, in pixels
 def test_gradients_of_convolutions_are_those_of_xla(
-    large_map, size, kernel_size, stride, dilation, monkeypatch
+    large_map, outputs, size, kernel_size, stride, dilation, monkeypatch
 ):
     monkeypatch.setattr(convolution, "_LARGE_MAP", large_map)
     rng = np.random.default_rng(1)
     pad = dilation * (kernel_size - 1) // 2
     x = rng.standard_normal((2, *size, 2)).astype(np.float32)
-    kernel = rng.standard_normal((kernel_size, kernel_size, 2, 3)).astype(np.float32)
+    kernel = rng.standard_normal((kernel_size, kernel_size, 2, outputs)).astype(np.float32)
 
     def plain(x, kernel):
         return jax.lax.conv_general_dilated(

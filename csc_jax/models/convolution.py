@@ -29,8 +29,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1
     """
     size = kernel.shape[0]
     if size == 1:
-        # As a matrix product: on a CPU, XLA's weight gradient of a 1x1 convolution is slower.
-        return jnp.einsum("bhwi,io->bhwo", x[:, ::stride, ::stride], kernel[0, 0])
+        return _convolve_pixels(x[:, ::stride, ::stride], kernel[0, 0])
     if stride == 1 and _share_inside(x, size, dilation) < _TAPS_BELOW:
         return _convolve_by_taps(x, kernel, dilation)
     large = -(-x.shape[1] // stride) * -(-x.shape[2] // stride) >= _LARGE_MAP
@@ -47,6 +46,32 @@ def _by_xla(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+
+
+@jax.custom_vjp
+def _convolve_pixels(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 1x1 convolution as a matrix product: (B, h, w, K), (K, F) -> (B, h, w, F)."""
+    return jnp.einsum("bhwi,io->bhwo", x, kernel)
+
+
+def _forward_pixels(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _convolve_pixels(x, kernel), (x, kernel)
+
+
+def _backward_pixels(
+    residuals: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    # XLA copies the first factor on a CPU to have its pixels last, so the narrower one is first:
+    # 73 ms in place of 140 from 512 channels to 2048 at (2, 41, 41), 2 cores.
+    if x.shape[-1] < gradient.shape[-1]:
+        by_kernel = jnp.einsum("bhwi,bhwo->io", x, gradient)
+    else:
+        by_kernel = jnp.einsum("bhwo,bhwi->oi", gradient, x).T
+    return jnp.einsum("bhwo,io->bhwi", gradient, kernel), by_kernel
+
+
+_convolve_pixels.defvjp(_forward_pixels, _backward_pixels)
 
 
 # XLA's convolution with a gradient of the kernel of our own on a CPU.

@@ -42,7 +42,8 @@ def initialize(network: nn.Module, key: jax.Array, *, projection: bool = True) -
         values = noise[start:end].reshape(shapes[path].shape)
         variables[path] = values * math.sqrt(variance / (height * width))
         start = end
-    for path in shapes.keys() - variables.keys():
+    # Sorted, as the compilation cache knows the program by its text.
+    for path in sorted(shapes.keys() - variables.keys()):
         fill = 1.0 if path[-1] in ("scale", "var") else 0.0
         # With a dtype: a weakly typed leaf would have the train step compiled again.
         variables[path] = jnp.full(shapes[path].shape, fill, jnp.float32)
