@@ -139,6 +139,7 @@ def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray)
         fill=tuple(config.data.mean),
         scales=tuple(config.eval.scales),
         flip=config.eval.flip,
+        logits_size=model.logits_size,
     )
     tx = combine(method.optimizers())
     return Experiment(config, tuple(class_names), palette, mesh, method, tx, predict)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_config
 
-from csc_jax import evaluation
+from csc_jax import config as config_lib
+from csc_jax import evaluation, experiment, models
 from csc_jax.errors import UserError
-from csc_jax.evaluation.predictor import window_starts
+from csc_jax.evaluation.predictor import pad_to_multiple, window_starts
 
 FILL = (120, 110, 100)
 
@@ -234,3 +236,38 @@ def test_errors_name_the_field(mesh1, mesh4, variables, images):
             predictor(mesh1, mode, (0, 12))
     with pytest.raises(UserError, match=r"3 images does not divide by the 4 devices.*batch\.eval"):
         predictor(mesh4)(variables, images[:3])
+
+
+def test_logits_of_a_pooling_in_ceil_mode_are_placed_by_their_own_size(mesh1):
+    """Of 12 px they are 4, of 9 px 3: more than a quarter, as those of the deep stem."""
+
+    def logits(variables, images):
+        size = [-(-n // 2) // 2 + 1 for n in images.shape[1:3]]
+        return models.resize_aligned(images.astype(jnp.float32), size)
+
+    images = np.random.default_rng(0).integers(0, 256, (1, 12, 9, 3), np.uint8)
+    for multiple in (1, 4, 9):
+        padded = pad_to_multiple(images, multiple, FILL)
+        expected = models.resize_aligned(logits({}, padded)[:, :4, :3], (12, 9)).argmax(-1)
+        predict = predictor(
+            mesh1,
+            logits=logits,
+            size_multiple=multiple,
+            logits_size=lambda size: -(-size // 2) // 2 + 1,
+        )
+        np.testing.assert_array_equal(np.asarray(predict({}, images))[:, :12, :9], expected)
+
+
+@pytest.mark.parametrize("stem", ["deep", "7x7"])
+def test_an_experiment_scores_the_logits_of_its_network(stem):
+    config = config_lib.resolve(tiny_config(model__stem=stem), steps_per_epoch=4)
+    built = experiment.build(config, tuple("abc"), np.zeros((3, 3), np.uint8))
+    network = built.compile_init()().student
+    image = np.random.default_rng(0).integers(0, 256, (64, 50, 3), np.uint8)
+
+    @jax.jit
+    def expected(network):
+        outputs = built.method.task.eval_forward(network, image[None], projection=False)
+        return models.resize_aligned(outputs.logits, (64, 50)).argmax(-1)[0]
+
+    np.testing.assert_array_equal(built.predict_image(network, image), expected(network))

@@ -236,3 +236,17 @@ def test_remat_has_the_same_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
     jax.tree.map(close, gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stem"), [("resnet18", "deep"), ("resnet18", "7x7"), ("efficientnet_lite0", "")]
+)
+def test_size_of_the_logits(backbone, stem):
+    network = models.DeepLabV3Plus(3, backbone=backbone, stem=stem, width=4, decoder_width=4)
+    for height, width in ((64, 65), (66, 67), (97, 100)):
+        image = jnp.zeros((1, height, width, 3))
+        outputs, _ = jax.eval_shape(
+            lambda image: network.init_with_output(jax.random.key(0), image, train=False), image
+        )
+        sizes = tuple(network.logits_size(np.array([height, width])))
+        assert outputs.logits.shape[1:3] == sizes == outputs.projection.shape[1:3]

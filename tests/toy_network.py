@@ -21,6 +21,9 @@ class ToyNetwork(nn.Module):
     projection_dim: int = 4
     dropout: float = 0.0
 
+    def logits_size(self, size):
+        return size // 4
+
     @nn.compact
     def __call__(self, x, train, projection=True, perturb=None):
         pooled = nn.avg_pool(x, (4, 4), (4, 4))

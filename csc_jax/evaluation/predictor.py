@@ -49,6 +49,7 @@ def make_predictor(
     fill: Sequence[float] = (0.0, 0.0, 0.0),
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
+    logits_size: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any, np.ndarray], jax.Array]:
     """Builds `predict(variables, images)`, compiled once for each padded shape of `images`.
 
@@ -57,7 +58,7 @@ def make_predictor(
 
     Args:
       logits_fn: (variables, images (B, h, w, 3) uint8 or float on 0..255) -> (B, h', w', C) float
-        logits at any stride s, h' = ceil(h / s); normalises the images itself.
+        logits at any stride; normalises the images itself.
       num_classes: C, at most 255.
       mode: `whole`, the image in one piece; `sliding`, windows whose logits are averaged where they
         overlap (decisions.md 25); or `center_crop`, one window in the middle and nothing around it.
@@ -69,6 +70,7 @@ def make_predictor(
       fill: RGB, 0..255, of the padding.
       scales: ratios to which the images are resized; at least one.
       flip: whether each scale is seen mirrored, too.
+      logits_size: sides h of images, int array -> sides h' of their logits. None: ceil(h / stride).
 
     Returns:
       predict: (variables, images (B, H, W, 3) uint8) -> (B, H', W') uint8 class ids, split over
@@ -86,9 +88,9 @@ def make_predictor(
             f"eval.window is {tuple(window)}; a window needs a height and a width of at least 1 "
             "px. Set --config.eval.window=H,W, or (0, 0) to take data.crop_size."
         )
-    logits = functools.partial(_at_size, logits_fn)
+    logits = functools.partial(_at_size, logits_fn, logits_size)
     if mode == "sliding":
-        logits = functools.partial(_sliding, logits_fn, window, num_classes)
+        logits = functools.partial(_sliding, logits, window, num_classes)
     if flip or tuple(scales) != (1.0,):
         logits = functools.partial(_averaged, logits, num_classes, fill, scales, flip)
     sharding = batch_sharding(mesh)
@@ -159,17 +161,27 @@ def _in_the_middle(
     return jax.lax.dynamic_update_slice(nothing, ids, (0, top, left))
 
 
-def _at_size(logits_fn: LogitsFn, variables: Any, images: jax.Array, size: jax.Array) -> jax.Array:
+def _at_size(
+    logits_fn: LogitsFn,
+    logits_size: Callable[[Any], Any] | None,
+    variables: Any,
+    images: jax.Array,
+    size: jax.Array,
+) -> jax.Array:
     """(B, H, W, 3) images -> (B, H, W, C) logits of the image in one piece."""
     logits = logits_fn(variables, images)
     shape = images.shape[1:3]
-    strides = jnp.array([-(-n // m) for n, m in zip(shape, logits.shape[1:3], strict=True)])
     # The logits of an image of `size` alone would be this large.
-    return _resize(logits, -(-size // strides), size, shape)
+    if logits_size is None:
+        strides = [-(-n // m) for n, m in zip(shape, logits.shape[1:3], strict=True)]
+        own_size = -(-size // jnp.array(strides))
+    else:
+        own_size = logits_size(size)
+    return _resize(logits, own_size, size, shape)
 
 
 def _sliding(
-    logits_fn: LogitsFn,
+    of_window: Logits,
     window: tuple[int, int],
     num_classes: int,
     variables: Any,
@@ -187,7 +199,7 @@ def _sliding(
         row, column = i // len(lefts), i % len(lefts)
         start = (0, tops[row], lefts[column], 0)
         piece = jax.lax.dynamic_slice(images, start, (b, *shape, channels))
-        logits = _at_size(logits_fn, variables, piece, inner_size)
+        logits = of_window(variables, piece, inner_size)
         logits *= (rows[row].any() & columns[column].any()).astype(logits.dtype)
         covered = jax.lax.dynamic_slice(total, start, logits.shape)
         return jax.lax.dynamic_update_slice(total, covered + logits, start), None

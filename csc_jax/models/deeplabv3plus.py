@@ -43,6 +43,13 @@ class DeepLabV3Plus(nn.Module):
     dtype: Any = jnp.float32  # compute type; parameters, statistics and outputs are float32
     remat: bool = False  # trade time for memory: the backbone's blocks are computed twice
 
+    def logits_size(self, size: Any) -> Any:
+        """Returns the sides of the logits of images with sides `size`, int or int array, px."""
+        half = -(-size // 2)
+        if self.backbone.startswith("resnet") and self.stem == "deep":
+            return half // 2 + 1  # it pools in ceil mode
+        return -(-half // 2)
+
     @nn.compact
     def __call__(
         self,
