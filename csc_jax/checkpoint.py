@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import re
 import shutil
 import tempfile
 import time
@@ -299,8 +300,12 @@ class Checkpointer:
 
 
 def _brief(error: Exception) -> str:
-    """Both ends of the first line: TensorStore has the reason at the end, behind long paths."""
+    """Both ends of the first line: TensorStore has the reason behind long paths.
+
+    What it appends to the reason, such as " [tensorstore_spec='{…}']", is left out.
+    """
     line = f"{type(error).__name__}: {error}".splitlines()[0]
+    line = re.split(r" \[\w+='", line, maxsplit=1)[0]
     return line if len(line) <= 300 else f"{line[:150]} … {line[-150:]}"
 
 

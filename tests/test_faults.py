@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from data_cases import assert_same_batches, data_config, take
 from tiny import tiny_config
@@ -164,6 +165,22 @@ def test_a_disk_that_fills_up_in_a_checkpoint_costs_only_that_one(whole, folder,
     assert_as_without_fault(whole, tmp_path, train(whole[0], tmp_path))
     with Checkpointer(tmp_path, read_only=True) as checkpointer:
         assert checkpointer.latest_step() == 4
+
+
+def test_the_reason_is_told_wherever_tensorstore_puts_it(shared_folder, experiment, monkeypatch):
+    path = f"/{'a long path/' * 30}ocdbt.process_0/d/0e66ce5e"
+    text = (
+        f'OUT_OF_RANGE: Error writing "step/0" at local file "{path}": Failed to write 20099 bytes '
+        f"to file 22: File too large [os_error_code='27'] [tensorstore_spec='{{{path}: {path}}}']"
+    )
+
+    def save(*_args, **_options):
+        raise ValueError(text)
+
+    with Checkpointer(shared_folder) as checkpointer:
+        monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+        with pytest.raises(UserError, match=r"Error writing .* … .*: File too large\. Make room"):
+            save_and_wait(checkpointer, 1, experiment.compile_init()())
 
 
 @pytest.mark.parametrize(
