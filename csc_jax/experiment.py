@@ -131,6 +131,7 @@ def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray)
 
     predict = evaluation.make_predictor(
         logits,
+        model.logits_size,
         num_classes=num_classes,
         mode=config.eval.mode,
         window=tuple(config.eval.window),
@@ -139,7 +140,6 @@ def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray)
         fill=tuple(config.data.mean),
         scales=tuple(config.eval.scales),
         flip=config.eval.flip,
-        logits_size=model.logits_size,
     )
     tx = combine(method.optimizers())
     return Experiment(config, tuple(class_names), palette, mesh, method, tx, predict)

@@ -145,10 +145,10 @@ def test_bad_values_are_explained(arguments, message):
 def test_the_command_trains_evaluates_and_predicts(tmp_path):
     """The one test of real processes: `python -m csc_jax.main` and the `csc-jax` command."""
     _, config = load_config(ROOT / "configs" / "synthetic.py")
-    config_of_tests = tiny_config(
-        tmp_path, train__steps=2, train__eval_every=0, model__backbone="resnet18"
-    )  # resnet10 is known to the tests' process alone
-    small = config_lib.flatten(config_of_tests)
+    options = {"train__steps": 2, "train__eval_every": 0}
+    # The other processes do not know the backbone of the tests.
+    tiny = tiny_config(tmp_path, model__backbone="resnet18", **options)
+    small = config_lib.flatten(tiny)
     full = config_lib.flatten(config)
     overrides = [
         f"--config.{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}"

@@ -104,7 +104,7 @@ def saved(workdir, step):
     with Checkpointer(workdir, read_only=True) as checkpointer:
         run = checkpointer.describe()
         config = config_lib.from_plain(run["config"])
-        config.parallel.devices = 4
+        config.parallel.devices = 4  # as there, where the run's 0 means all
         palette = np.asarray(run["palette"], np.uint8)
         like = build(config, tuple(run["class_names"]), palette).abstract_state()
         return checkpointer.restore(like, str(step))

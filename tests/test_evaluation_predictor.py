@@ -47,9 +47,27 @@ def images():
     return np.random.default_rng(2).integers(0, 256, size=(4, 20, 28, 3), dtype=np.uint8)
 
 
-def predictor(mesh, mode="whole", window=(0, 0), logits=fake_logits, **options):
+def size_at_stride_4(size):
+    return -(-size // 4)
+
+
+def predictor(
+    mesh,
+    mode="whole",
+    window=(0, 0),
+    logits=fake_logits,
+    logits_size=size_at_stride_4,
+    **options,
+):
     return evaluation.make_predictor(
-        logits, num_classes=3, mode=mode, window=window, mesh=mesh, fill=FILL, **options
+        logits,
+        logits_size,
+        num_classes=3,
+        mode=mode,
+        window=window,
+        mesh=mesh,
+        fill=FILL,
+        **options,
     )
 
 
@@ -178,7 +196,7 @@ def test_the_network_sees_the_mean_colour_on_the_padding(mesh1, images):
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
         return x.astype(jnp.float32)
 
-    predict = predictor(mesh1, logits=spy, size_multiple=16)
+    predict = predictor(mesh1, logits=spy, logits_size=lambda size: size, size_multiple=16)
     jax.block_until_ready(predict({}, images))
     jax.effects_barrier()
     (whole,) = seen
@@ -194,7 +212,7 @@ def test_padded_images_share_few_programs(mesh1, caplog, multiple, programs):
         traced.append(x.shape)
         return x.astype(jnp.float32)
 
-    predict = predictor(mesh1, logits=logits, size_multiple=multiple)
+    predict = predictor(mesh1, logits=logits, logits_size=lambda size: size, size_multiple=multiple)
     with caplog.at_level(logging.WARNING, "csc_jax"):
         for width in (*range(28, 36), 30):
             image = np.random.default_rng(width).integers(0, 256, (1, 20, width, 3), np.uint8)

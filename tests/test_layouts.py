@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny  # noqa: F401  (brings the backbone resnet10)
 import trees
 from ml_collections import ConfigDict
 from PIL import Image
+from tiny import BACKBONE
 
 from csc_jax import data
 from csc_jax.evaluation.submission import CITYSCAPES_LABEL_IDS, voc_palette
@@ -32,7 +32,7 @@ def shrunk(name: str, folder: Path) -> ConfigDict:
     c.data.image_size = (0, 0)
     c.data.crop_size = (24, 32)
     c.batch.labeled = c.batch.unlabeled = 2
-    c.model.backbone, c.model.stem = "resnet10", "7x7"
+    c.model.backbone, c.model.stem = BACKBONE, "7x7"
     c.model.width, c.model.decoder_width = 4, 8
     c.model.output_stride, c.model.projection_dim = 16, 8
     c.method.name = "supervised"

@@ -5,31 +5,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from tiny import BACKBONE
 
 from csc_jax import models
 from csc_jax.config import default_config
 from csc_jax.errors import UserError
 from csc_jax.models import DeepLabV3Plus, initialize
 from csc_jax.models.layers import Conv, ConvNorm
-from csc_jax.models.resnet import DEPTHS, BasicBlock, ResNet
+from csc_jax.models.resnet import ResNet
 
 
 @pytest.fixture(scope="module")
 def tiny():
     """The smallest network with every head, on a backbone of one block a stage."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DEPTHS, "tiny", (BasicBlock, (1, 1, 1, 1)))
-        yield models.DeepLabV3Plus(
-            num_classes=5,
-            backbone="tiny",
-            stem="7x7",
-            output_stride=32,
-            projection_dim=6,
-            aux_head=True,
-            width=8,
-            aspp_rates=(8, 16),
-            decoder_width=16,
-        )
+    return models.DeepLabV3Plus(
+        num_classes=5,
+        backbone=BACKBONE,
+        stem="7x7",
+        output_stride=32,
+        projection_dim=6,
+        aux_head=True,
+        width=8,
+        aspp_rates=(8, 16),
+        decoder_width=16,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,13 @@ def test_the_official_evaluator_gives_our_miou(interpreter, root, tmp_path, mesh
     config = tiny_config(tmp_path, data__name="cityscapes", data__root=str(root))
     source = data.load(config.data).source("val")
     predict = evaluation.make_predictor(
-        nearest_color, num_classes=19, mode="sliding", window=(48, 48), mesh=mesh1, size_multiple=64
+        nearest_color,
+        lambda size: size,
+        num_classes=19,
+        mode="sliding",
+        window=(48, 48),
+        mesh=mesh1,
+        size_multiple=64,
     )
     out = tmp_path / "predictions"
     evaluation.check_folder(out, config.data.root)

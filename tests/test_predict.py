@@ -22,6 +22,7 @@ PALETTE = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
 def predict(mesh1):
     predictor = evaluation.make_predictor(
         lambda variables, images: images.astype(jnp.float32) * variables["scale"],
+        lambda size: size,
         num_classes=3,
         mode="whole",
         window=(0, 0),

@@ -105,7 +105,13 @@ def test_files_have_our_miou_by_the_count_of_scikit_learn(tmp_path, mesh1, datas
         return -abs(images[..., :1].astype(np.float32) - np.arange(classes)[None, None, None])
 
     predict = evaluation.make_predictor(
-        logits, num_classes=classes, mode="whole", window=(0, 0), mesh=mesh1, size_multiple=32
+        logits,
+        lambda size: size,
+        num_classes=classes,
+        mode="whole",
+        window=(0, 0),
+        mesh=mesh1,
+        size_multiple=32,
     )
     write = writer(dataset, list(truths), tmp_path)
     scores = evaluation.evaluate(predict, {}, batches, classes, on_image=[write])

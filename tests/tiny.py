@@ -14,7 +14,8 @@ from csc_jax.optimizer import combine
 from csc_jax.train_step import compile_init, compile_step
 
 CLASSES = 4
-DEPTHS["resnet10"] = (BasicBlock, (1, 1, 1, 1))  # half of ResNet-18's compile time
+BACKBONE = "resnet10"
+DEPTHS[BACKBONE] = (BasicBlock, (1, 1, 1, 1))  # half of ResNet-18's compile time
 
 
 def tiny_config(tmp_path: Path | None = None, **overrides: object) -> ConfigDict:
@@ -27,7 +28,7 @@ def tiny_config(tmp_path: Path | None = None, **overrides: object) -> ConfigDict
     c.data.synthetic.val = 6
     c.data.synthetic.size = (32, 32)
     c.batch.eval = 4
-    c.model.backbone = "resnet10"
+    c.model.backbone = BACKBONE
     c.model.stem = "7x7"
     c.model.width = 4
     c.model.output_stride = 16

@@ -25,6 +25,7 @@ NOT_PREDICTED = 255  # class id of padding, and of what lies outside the centre 
 _MANY_SHAPES = 8  # compiled programs after which the user hears of eval.size_multiple
 
 LogitsFn = Callable[[Any, jax.Array], jax.Array]
+SizeFn = Callable[[jax.Array], jax.Array]
 
 
 def window_starts(length: int, window: int) -> list[int]:
@@ -40,6 +41,7 @@ def window_starts(length: int, window: int) -> list[int]:
 
 def make_predictor(
     logits_fn: LogitsFn,
+    logits_size: SizeFn,
     *,
     num_classes: int,
     mode: str,
@@ -49,7 +51,6 @@ def make_predictor(
     fill: Sequence[float] = (0.0, 0.0, 0.0),
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
-    logits_size: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any, np.ndarray], jax.Array]:
     """Builds `predict(variables, images)`, compiled once for each padded shape of `images`.
 
@@ -59,6 +60,7 @@ def make_predictor(
     Args:
       logits_fn: (variables, images (B, h, w, 3) uint8 or float on 0..255) -> (B, h', w', C) float
         logits at any stride; normalises the images itself.
+      logits_size: (2,) int32 sides (h, w) of any image -> those (h', w') of its logits.
       num_classes: C, at most 255.
       mode: `whole`, the image in one piece; `sliding`, windows whose logits are averaged where they
         overlap (decisions.md 25); or `center_crop`, one window in the middle and nothing around it.
@@ -70,7 +72,6 @@ def make_predictor(
       fill: RGB, 0..255, of the padding.
       scales: ratios to which the images are resized; at least one.
       flip: whether each scale is seen mirrored, too.
-      logits_size: sides h of images, int array -> sides h' of their logits. None: ceil(h / stride).
 
     Returns:
       predict: (variables, images (B, H, W, 3) uint8) -> (B, H', W') uint8 class ids, split over
@@ -163,21 +164,14 @@ def _in_the_middle(
 
 def _at_size(
     logits_fn: LogitsFn,
-    logits_size: Callable[[Any], Any] | None,
+    logits_size: SizeFn,
     variables: Any,
     images: jax.Array,
     size: jax.Array,
 ) -> jax.Array:
     """(B, H, W, 3) images -> (B, H, W, C) logits of the image in one piece."""
-    logits = logits_fn(variables, images)
-    shape = images.shape[1:3]
-    # The logits of an image of `size` alone would be this large.
-    if logits_size is None:
-        strides = [-(-n // m) for n, m in zip(shape, logits.shape[1:3], strict=True)]
-        own_size = -(-size // jnp.array(strides))
-    else:
-        own_size = logits_size(size)
-    return _resize(logits, own_size, size, shape)
+    # Where there is padding, its logits follow those of the image.
+    return _resize(logits_fn(variables, images), logits_size(size), size, images.shape[1:3])
 
 
 def _sliding(

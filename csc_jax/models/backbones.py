@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from csc_jax.models import efficientnet_lite, resnet
 from csc_jax.models.efficientnet_lite import EfficientNetLite0
 from csc_jax.models.resnet import DEPTHS, ResNet
 
@@ -27,3 +28,10 @@ def make_backbone(
     if name == "efficientnet_lite0":
         return EfficientNetLite0(output_stride, dtype, remat, name="backbone")
     return ResNet(name, stem, width, output_stride, multi_grid, dtype, remat, name="backbone")
+
+
+def low_size(name: str, stem: str, size: Any) -> Any:
+    """Returns the sides of `Features.low` of images with sides `size`, int or int array, px."""
+    if name == "efficientnet_lite0":
+        return efficientnet_lite.low_size(size)
+    return resnet.low_size(stem, size)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from csc_jax.models.backbones import make_backbone
+from csc_jax.models.backbones import low_size, make_backbone
 from csc_jax.models.layers import Conv, ConvNorm, Features
 from csc_jax.models.resize import resize_aligned
 
@@ -45,10 +45,7 @@ class DeepLabV3Plus(nn.Module):
 
     def logits_size(self, size: Any) -> Any:
         """Returns the sides of the logits of images with sides `size`, int or int array, px."""
-        half = -(-size // 2)
-        if self.backbone.startswith("resnet") and self.stem == "deep":
-            return half // 2 + 1  # it pools in ceil mode
-        return -(-half // 2)
+        return low_size(self.backbone, self.stem, size)
 
     @nn.compact
     def __call__(

@@ -76,6 +76,11 @@ class EfficientNetLite0(nn.Module):
         return Features(low=maps[1], middle=maps[4], deep=maps[6])
 
 
+def low_size(size: Any) -> Any:
+    """Returns the sides of `Features.low` of images with sides `size`, int or int array, px."""
+    return -(-size // 4)
+
+
 class InvertedResidual(nn.Module):
     """1x1 expansion, depthwise convolution, linear 1x1: to (B, h/stride, w/stride, features)."""
 

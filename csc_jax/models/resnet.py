@@ -122,13 +122,22 @@ class ResNet(nn.Module):
         return _max_pool(x, ceil_mode=False)
 
 
+def low_size(stem: str, size: Any) -> Any:
+    """Returns the sides of `Features.low` of images with sides `size`, int or int array, px."""
+    return _pooled(-(-size // 2), ceil_mode=stem == "deep")
+
+
+def _pooled(size: Any, ceil_mode: bool) -> Any:
+    return size // 2 + 1 if ceil_mode else -(-size // 2)
+
+
 def _max_pool(x: jax.Array, ceil_mode: bool) -> jax.Array:
     """PyTorch's MaxPool2d(3, stride=2, padding=1) on (B, h, w, K); h becomes `out` below."""
     # As maxima of strided slices, one axis after the other: the gradient of XLA's own pooling
     # (select-and-scatter) takes 17 times as long on a CPU.
     for axis in (1, 2):
         size = x.shape[axis]
-        out = size // 2 + 1 if ceil_mode else -(-size // 2)
+        out = _pooled(size, ceil_mode)
         pad = [(0, 0)] * 4
         pad[axis] = (1, 2 * out - size)  # windows i = 0..out-1 cover 2 i - 1 .. 2 i + 1
         x = jnp.pad(x, pad, constant_values=-jnp.inf)
