@@ -107,6 +107,26 @@ def test_dilated_convolution_in_bfloat16_rounds_once():
     assert {g.dtype.name for g in pull_back(out)} == {"bfloat16"}
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_gradients_of_large_maps_in_bfloat16_round_once(kernel_size, monkeypatch):
+    """Sums of integers are exact in float32, so that only the last rounding is left."""
+    monkeypatch.setattr(convolution, "_LARGE_MAP", 1)
+    rng = np.random.default_rng(3)
+    x, kernel = (
+        jnp.asarray(rng.integers(-9, 9, s), jnp.bfloat16)
+        for s in [(2, 9, 8, 3), (kernel_size, kernel_size, 3, 2)]
+    )
+    weight = jnp.asarray(rng.integers(-9, 9, (2, 9, 8, 2)), jnp.bfloat16)
+
+    def gradient(dtype):
+        arguments = (x.astype(dtype), kernel.astype(dtype))
+        return jax.vjp(convolve, *arguments)[1](weight.astype(dtype))
+
+    for ours, exact in zip(gradient(jnp.bfloat16), gradient(jnp.float32), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))
+
+
 def depthwise_slowly(x, kernel, stride, dilation):
     """TensorFlow's definition of SAME: the smaller half of the padding in front."""
     reach = dilation * (kernel.shape[0] - 1) + 1

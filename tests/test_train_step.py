@@ -1,5 +1,10 @@
 """The step: learning, repeatable, faithful to the equations."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +78,35 @@ def test_the_same_seed_repeats_the_run(csc_run):
     again, _ = run(tiny_config(train__steps=30, contrast__weight=0.1), 30)
     for a, b in zip(jax.tree.leaves(csc_run[0]), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+LOWER = """
+import hashlib, jax
+from tiny import Harness, tiny_config
+
+harness = Harness(tiny_config())
+state = jax.eval_shape(harness.init)
+for program in (jax.jit(harness.init).lower(), harness.step.lower(state, harness.batch(0))):
+    print(hashlib.sha256(program.as_text().encode()).hexdigest())
+"""
+
+
+def test_programs_are_the_same_in_every_process():
+    """Or the compilation cache would not know them: sets have another order in each process."""
+    tests = Path(__file__).parent
+    path = f"{tests}{os.pathsep}{tests.parent}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOWER],
+            env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    one, other = (process.communicate()[0].split() for process in processes)
+    assert len(one) == 2
+    assert one == other
 
 
 def test_ema_by_hand():

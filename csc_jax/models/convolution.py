@@ -11,7 +11,7 @@ _TAPS_BELOW = 0.45
 # Pixels of an output map from which a CPU takes `_kernel_gradient`. On 2 cores, milliseconds by XLA
 # and by it: 502 and 90 for (2, 161, 161, 64) to 128 channels; 1006 and 300 for (2, 81, 81, 512) to
 # 256; 459 and 125 for (2, 41, 41, 512) to 512 at dilation 8; 10.6 and 6.0 for (8, 24, 24, 96) to
-# 48; but 11 and 13 for (8, 12, 12, 512) to 64, and it takes longer to compile.
+# 48; but 11 and 13 for (8, 12, 12, 512) to 64.
 _LARGE_MAP = 512
 
 
@@ -119,7 +119,8 @@ def _kernel_gradient(
             "ni,no->io", seen.reshape(-1, channels), pixels, preferred_element_type=jnp.float32
         )
 
-    # As a loop: written out, it is no faster and takes nine times as long to compile.
+    # As a loop: written out, the gradient of DeepLabv3+ with ResNet-50 at (2, 193, 193, 3) took
+    # 6.4 s in place of 5.8 and 14.2 s to compile in place of 11.9 (one core).
     products = jax.lax.map(element, jnp.arange(size * size))
     return products.reshape(kernel.shape).astype(kernel.dtype)
 
