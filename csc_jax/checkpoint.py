@@ -7,9 +7,11 @@ a restart would take for a checkpoint.
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -60,6 +62,7 @@ class Checkpointer:
                 ),
             ]
         )
+        _ignore_abandoned_work()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=None if read_only else policy,
             best_fn=lambda metrics: metrics["miou"],
@@ -297,6 +300,23 @@ class Checkpointer:
                 f"class count, model, method or bank?): {'; '.join(differences[:3])}{more}. Use "
                 "the config of that run or another --workdir."
             )
+
+
+@functools.cache
+def _ignore_abandoned_work() -> None:
+    """Has Python keep quiet, from now on, about arrays that Orbax no longer waits for.
+
+    It gives up at the first array that cannot be read or written. TensorStore then tells a closed
+    event loop about each of the hundreds of others, and each would print a traceback.
+    """
+    before = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    sys.unraisablehook = report
 
 
 def _brief(error: Exception) -> str:

@@ -159,6 +159,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_costs_only_that_one(whole, folder,
         text=True,
         check=False,
     )
+    assert "Exception ignored" not in done.stderr
     (told,) = (line for line in done.stdout.splitlines() if line.startswith("told: "))
     assert "File too large" in told
     assert "continues from step 2, the last whole one" in told
