@@ -78,8 +78,7 @@ class Checkpointer:
         try:
             if not read_only:  # or it would show only at the first save
                 directory.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=directory):
-                    pass
+                _try_to_write(directory)
             self._manager = ocp.CheckpointManager(
                 directory,
                 options=options,
@@ -144,6 +143,8 @@ class Checkpointer:
         metrics = None if miou is None else {"miou": miou}
         with self._explained():
             self._join()
+            # Orbax would leave threads behind that hold up the end of the process for 5 minutes.
+            _try_to_write(self.directory)
             if jax.process_count() == 1:
                 self._saving = self._thread.submit(
                     self._manager.save, step, args=arguments, metrics=metrics
@@ -300,6 +301,11 @@ class Checkpointer:
                 f"class count, model, method or bank?): {'; '.join(differences[:3])}{more}. Use "
                 "the config of that run or another --workdir."
             )
+
+
+def _try_to_write(directory: Path) -> None:
+    with tempfile.TemporaryFile(dir=directory):
+        pass
 
 
 @functools.cache

@@ -36,7 +36,7 @@ def slow_loss(logits, labels, counted):
 
 
 def run(name, **overrides):
-    fields = {f"method__{name}__threshold": 0.3, "method__cutmix": 1.0, **overrides}
+    fields = {f"method__{name}__threshold": 0.3, f"method__{name}__cutmix": 1.0, **overrides}
     method, state = toy_method(method__name=name, **fields)
     batch = toy_batch()
     loss, outputs = method.loss(state.trained, state, batch, jax.random.key(3))
@@ -75,6 +75,17 @@ def test_unimatch_v2(seen):
     p = softmax(resize_aligned(method.task.eval_forward(state.teacher, images).logits, (32, 32)))
     expected = np.where(p.max(-1) >= 0.3, p.argmax(-1), 255)
     np.testing.assert_array_equal(method.pseudo_labels(None, state, images), expected)
+
+
+@pytest.mark.parametrize("name", ["fixmatch", "unimatch", "unimatch_v2"])
+def test_the_strong_view_is_that_of_the_method_whatever_the_others_have(name):
+    *_, loss, _ = run(name)
+    others = {"method__color_jitter": 1.0, "method__grayscale": 1.0, "method__cutmix": 0.0}
+    assert run(name, **others)[-2] == loss
+    for operation in ("color_jitter", "grayscale", "blur", "cutmix"):
+        always, never = (run(name, **{f"method__{name}__{operation}": p})[-2] for p in (1.0, 0.0))
+        assert np.isfinite(always), operation
+        assert always != never, operation
 
 
 @pytest.mark.parametrize("name", ["fixmatch", "unimatch", "unimatch_v2"])

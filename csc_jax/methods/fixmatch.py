@@ -2,9 +2,8 @@
 
 Sohn et al., NeurIPS 2020, in the form that UniMatch (Yang et al., CVPR 2023, Sec. 3.1, Eq. 1 to 3)
 gives it for segmentation: no EMA in the pseudo-labels, a threshold of 0.95, and
-L = (L_s + L_u) / 2, L_u averaged over all pixels. The authors' strong view is
-`--config.method.color_jitter=0.8 --config.method.grayscale=0.2 --config.method.blur=0.5
---config.method.cutmix=0.5`.
+L = (L_s + L_u) / 2, L_u averaged over all pixels. The strong view is that of the authors' code
+(`config.method.fixmatch`), whatever the other methods of a comparison have.
 
 What differs: labelled, weak and strong images make one batch, so that BatchNorm sees them together
 (theirs: the strong view apart); an image's CutMix partner is the next one of the batch. An EMA of
@@ -31,12 +30,11 @@ class FixMatch(Method):
         self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
     ) -> tuple[Array, LossOutputs]:
         task, config = self.task, self.task.config.method
-        photo_key, mix_key, dropout_key = jax.random.split(key, 3)
+        view_key, dropout_key = jax.random.split(key)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
-        mask = augment.cutmix_mask(mix_key, weak.shape[0], size, config.cutmix)
-        strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
+        strong, mask = shared.strong_view(view_key, weak, config.fixmatch)
 
         student, batch_stats = task.train_forward(
             params["student"],

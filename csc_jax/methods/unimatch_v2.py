@@ -3,9 +3,8 @@
 Yang, Zhao, Zhao, "UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation", TPAMI
 2025: Sec. 3.3 (one stream for image and feature perturbations) and 3.4 (complementary dropout: a
 channel that one view loses is doubled in the other; half of the image pairs keep all channels),
-their code for the threshold of 0.95 and L = (L_s + (L_1 + L_2) / 2) / 2. Their strong view is
-`--config.method.color_jitter=0.8 --config.method.grayscale=0.2 --config.method.blur=0.5
---config.method.cutmix=0.5`, their EMA decay 0.996.
+their code for the threshold of 0.95 and L = (L_s + (L_1 + L_2) / 2) / 2. The strong views are those
+of their code (`config.method.unimatch_v2`); their EMA decay is `--config.method.ema_decay=0.996`.
 
 What differs: they have a DINOv2 transformer and drop channels of four of its layers; here those of
 `low` and `deep` of the backbone. Labelled and strong images make one batch; an image's CutMix
@@ -37,8 +36,8 @@ class UniMatchV2(Method):
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
         pseudo = self.pseudo_labels(key, state, weak, inside)
-        strong1, mask1 = shared.strong_view(first_key, weak, config)
-        strong2, mask2 = shared.strong_view(second_key, weak, config)
+        strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_v2)
+        strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_v2)
         start, middle = labeled["image"].shape[0], labeled["image"].shape[0] + weak.shape[0]
 
         def with_fewer_channels(features: Features) -> Features:
