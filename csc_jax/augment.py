@@ -57,8 +57,14 @@ def _color_jitter(key: Array, image: Array) -> Array:
     brightness, contrast, saturation, hue = jax.random.split(key, 4)
     image = pix.random_brightness(brightness, image, 0.5)
     image = pix.random_contrast(contrast, image, 0.5, 1.5)
-    image = pix.random_saturation(saturation, jnp.clip(image, 0.0, 1.0), 0.5, 1.5)
-    return pix.random_hue(hue, jnp.clip(image, 0.0, 1.0), 0.25)
+    image = pix.random_saturation(saturation, _stored(jnp.clip(image, 0.0, 1.0)), 0.5, 1.5)
+    return pix.random_hue(hue, _stored(jnp.clip(image, 0.0, 1.0)), 0.25)
+
+
+def _stored(image: Array) -> Array:
+    # dm-pix finds a pixel's largest channel by comparing floats. A compiler that computes them once
+    # more for the comparison, rounded otherwise, gives up to a tenth of the pixels another hue.
+    return jax.lax.optimization_barrier(image)
 
 
 def _blur(key: Array, image: Array) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csc_jax import augment, losses
+from csc_jax import augment, losses, sharding
 from csc_jax.config import default_config
 from csc_jax.pseudo_labels import keep_rate, pseudo_labels, update_class_confidence
 
@@ -138,6 +138,19 @@ def test_photometric_changes_images_only_where_asked():
     assert np.all((changed >= 0) & (changed <= 255))
     same = np.isclose(changed, images, atol=1e-3).all(axis=(1, 2, 3))
     assert 0 < same.sum() < len(images)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_photometric_is_the_same_compiled(devices):
+    """A channel compared with another rounding of itself gave a tenth of the pixels another hue."""
+    config = default_config().method
+    config.update({"color_jitter": 1.0, "grayscale": 0.0, "blur": 0.0})
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
+    one_by_one = augment.photometric(jax.random.key(1), images, config)
+    sharded = sharding.shard_batch(images, sharding.make_mesh(devices))
+    compiled = jax.jit(lambda x: augment.photometric(jax.random.key(1), x, config))(sharded)
+    np.testing.assert_allclose(compiled, one_by_one, atol=0.01)
+
 
 
 def test_nearest_takes_every_fourth_pixel():
