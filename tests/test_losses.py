@@ -152,7 +152,6 @@ def test_photometric_is_the_same_compiled(devices):
     np.testing.assert_allclose(compiled, one_by_one, atol=0.01)
 
 
-
 def test_nearest_takes_every_fourth_pixel():
     x = jnp.arange(2 * 8 * 8).reshape(2, 8, 8)
     np.testing.assert_array_equal(augment.nearest(x, (2, 2)), x[:, ::4, ::4])
