@@ -10,7 +10,7 @@ Rows:       a method of csc_jax/methods; METHOD+csc, the paper's module on top o
 Hardware:   what the config says, one run at a time; shards run at the same time on as many devices
             or machines, if they share the folder --out. Whichever is last has the whole table.
 Writes:     OUT/<config>/<row>/<partition>/seed<k>: each run's work directory
-            OUT/<config>/<table>.md and .csv
+            OUT/<config>/<table>.md and .csv, and <table>_runs.csv: IoU of each class, minutes
 The command can be stopped and given again: a run that was cut off continues, one that is done is
 left alone. The score is that of the last step, not the best one on the val images.
 """
@@ -28,6 +28,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tables import TABLES, Changes, row_changes
 
@@ -35,6 +36,7 @@ from csc_jax.errors import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = "reproduce.json"  # in a run's folder once it is done
+RATE = "train/images_per_second"  # of metrics.jsonl; labelled and unlabelled images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +50,18 @@ class Run:
     command: tuple[str, ...]  # of csc_jax.main
 
     @property
-    def miou(self) -> float | None:
-        """In percent; None as long as the run of this very command has not ended."""
+    def result(self) -> dict[str, Any] | None:
+        """See `_result`; None as long as the run of this very command has not ended."""
         path = self.workdir / RESULT
         if not path.exists():
             return None
-        result = json.loads(path.read_text())
-        return float(result["miou"]) if tuple(result["command"]) == self.command else None
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result if tuple(result["command"]) == self.command else None
+
+    @property
+    def miou(self) -> float | None:
+        """In percent; None as long as there is no result."""
+        return None if self.result is None else float(self.result["miou"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,18 +174,32 @@ def _train(run: Run) -> int:
     environment = {**os.environ, "PYTHONPATH": paths}
     status = subprocess.run([sys.executable, *run.command[1:]], env=environment).returncode
     if status == 0:
-        result = {"command": run.command, "miou": 100 * _last_score(run.workdir)}
-        (run.workdir / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+        (run.workdir / RESULT).write_text(json.dumps(_result(run), indent=1) + "\n")
     return status
 
 
-def _last_score(workdir: Path) -> float:
-    """mIoU in [0, 1] at the last step, of the network that the config evaluates."""
+def _result(run: Run) -> dict[str, Any]:
+    """Returns what a run that has ended came to.
+
+    Returns:
+      "miou" and "classes", in percent, at the last step, of the network that the config evaluates;
+      "minutes" of the steps alone, at the median rate, None if no rate was written; "command".
+    """
     from csc_jax.writers import read_metrics
 
-    network = json.loads((workdir / "config.json").read_text())["eval.network"]
-    key = f"val/{network}_miou"
-    return float([record[key] for record in read_metrics(workdir) if key in record][-1])
+    config = json.loads((run.workdir / "config.json").read_text())
+    metrics = read_metrics(run.workdir)
+    of_network = f"val/{config['eval.network']}_"
+    scores = [record for record in metrics if f"{of_network}miou" in record][-1]
+    of_class = f"{of_network}iou/"
+    rates = [r[RATE] for r in metrics if RATE in r]
+    images = scores["step"] * (config["batch.labeled"] + config["batch.unlabeled"])
+    return {
+        "command": run.command,
+        "miou": 100 * scores[f"{of_network}miou"],
+        "classes": {k.removeprefix(of_class): 100 * v for k, v in scores.items() if of_class in k},
+        "minutes": images / statistics.median(rates) / 60 if rates else None,
+    }
 
 
 def _scores(runs: Sequence[Run], row: str, partition: str) -> tuple[list[float], int]:
@@ -249,6 +270,20 @@ def _write(plan: Plan, runs: Sequence[Run], out: Path) -> None:
             each = " ".join(map(_number, scores))
             writer.writerow([row, partition, *map(_number, figures), each, " ".join(command)])
     (out / f"{plan.name}.csv").write_text(text.getvalue())
+    _write_runs(runs, out / f"{plan.name}_runs.csv")
+
+
+def _write_runs(runs: Sequence[Run], path: Path) -> None:
+    """Writes a line for each run that is done: the IoU of each class, in percent, and minutes."""
+    done = [(run, run.result) for run in runs if run.result]
+    classes = list(dict.fromkeys(name for _, result in done for name in result["classes"]))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["row", "partition", "seed", "miou", *classes, "minutes"])
+    for run, result in done:
+        figures = [result["miou"], *map(result["classes"].get, classes), result["minutes"]]
+        writer.writerow([run.row, run.partition, run.seed, *map(_number, figures)])
+    path.write_text(text.getvalue())
 
 
 def _number(value: float | None) -> str:

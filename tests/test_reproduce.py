@@ -26,6 +26,7 @@ def trained(monkeypatch):
             return status
         run.workdir.mkdir(parents=True, exist_ok=True)
         result = {"command": run.command, "miou": 70.0 + run.seed}
+        result |= {"classes": {"road": 90.0, "tram": None}, "minutes": 5.0}
         (run.workdir / reproduce.RESULT).write_text(json.dumps(result))
         return 0
 
@@ -53,6 +54,9 @@ def test_a_table_of_the_paper(trained, tmp_path, capsys):
     assert "| N=1 | 71.00 ± 1.00 | 78.47 | -7.47 |" in text
     assert " ".join(runs[0].command) in text
     assert "N=1   3 of 3" in capsys.readouterr().out
+    last = rows_of(tmp_path / "pascal_voc" / "table6_runs.csv")[-1]
+    assert list(last) == ["row", "partition", "seed", "miou", "road", "tram", "minutes"]
+    assert list(last.values())[2:] == ["2", "72.00", "90.00", "", "5.00"]
     # What is done is not done again, but a changed command is another run.
     reproduce.main(arguments)
     assert len(runs) == 12
@@ -119,7 +123,13 @@ def test_rows_change_fields_that_exist():
 def test_a_real_run_is_scored_and_continued(tmp_path):
     sizes = ["data.synthetic.train=16", "data.synthetic.val=4", "data.synthetic.size=32,32"]
     sizes += ["data.crop_size=32,32", "data.image_size=0,0", "model.backbone=resnet18"]
-    sizes += ["model.width=4", "model.decoder_width=8", "train.steps=2", "train.panels=0"]
+    sizes += [
+        "model.width=4",
+        "model.decoder_width=8",
+        "train.steps=2",
+        "train.panels=0",
+        "train.log_every=1",
+    ]
     sizes += [f"data.cache_dir={tmp_path / 'cache'}", "train.eval_every=1", "parallel.devices=1"]
     arguments = [f"--config={SYNTHETIC}", "--rows=supervised", f"--out={tmp_path}"]
     assert (
@@ -131,3 +141,6 @@ def test_a_real_run_is_scored_and_continued(tmp_path):
     scores = [r["val/teacher_miou"] for r in records if "val/teacher_miou" in r]
     assert len(scores) == 2
     assert row["mean"] == f"{100 * scores[-1]:.2f}"
+    (run,) = rows_of(tmp_path / "synthetic" / "comparison_runs.csv")
+    assert run["road"] == f"{100 * records[-1]['val/teacher_iou/road']:.2f}"
+    assert float(run["minutes"]) > 0
