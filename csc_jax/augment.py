@@ -24,8 +24,7 @@ def photometric(key: Array, images: Array, config: ConfigDict) -> Array:
     Args:
       key: random key.
       images: (B, H, W, 3) uint8 or float on 0..255.
-      config: `config.method`, or a method's own part of it; an operation with probability 0 is not
-        traced at all.
+      config: of the strong view; an operation with probability 0 is not traced at all.
 
     Returns:
       (B, H, W, 3) float32 on 0..255.

@@ -129,10 +129,6 @@ def default_config() -> ConfigDict:
 
     c.method.fixmatch = ConfigDict()  # Sohn et al., NeurIPS 2020
     c.method.fixmatch.threshold = 0.95  # probability that a pseudo-label must reach (UniMatch)
-    c.method.fixmatch.color_jitter = 0.8  # probability, of its own strong view (their code)
-    c.method.fixmatch.grayscale = 0.2  # probability, of its own strong view (their code)
-    c.method.fixmatch.blur = 0.5  # probability, of its own strong view (their code)
-    c.method.fixmatch.cutmix = 0.5  # probability, of its own strong view (their code)
 
     c.method.gct = ConfigDict()  # Ke et al., ECCV 2020, and the values of their code
     c.method.gct.correction = 1.0  # weight of the flaw correction constraint
@@ -163,20 +159,19 @@ def default_config() -> ConfigDict:
 
     c.method.unimatch = ConfigDict()  # Yang et al., CVPR 2023
     c.method.unimatch.threshold = 0.95  # probability that a pseudo-label must reach
-    c.method.unimatch.color_jitter = 0.8  # probability, of its own strong view (their code)
-    c.method.unimatch.grayscale = 0.2  # probability, of its own strong view (their code)
-    c.method.unimatch.blur = 0.5  # probability, of its own strong view (their code)
-    c.method.unimatch.cutmix = 0.5  # probability, of its own strong view (their code)
     c.method.unimatch.feature_dropout = 0.5  # share of the channels (their Sec. 3.2)
     c.method.unimatch.strong_weight = 0.25  # of each of the two strong views
     c.method.unimatch.feature_weight = 0.5  # of the view with perturbed features
 
+    # The strong view of fixmatch, unimatch and unimatch_v2, whatever the other methods have.
+    c.method.unimatch_view = ConfigDict()  # UniMatch's code
+    c.method.unimatch_view.color_jitter = 0.8  # probability of colour jitter
+    c.method.unimatch_view.grayscale = 0.2  # probability of grey-scale
+    c.method.unimatch_view.blur = 0.5  # probability of Gaussian blur
+    c.method.unimatch_view.cutmix = 0.5  # probability of CutMix
+
     c.method.unimatch_v2 = ConfigDict()  # Yang et al., TPAMI 2025
     c.method.unimatch_v2.threshold = 0.95  # probability that a pseudo-label must reach
-    c.method.unimatch_v2.color_jitter = 0.8  # probability, of its own strong view (their code)
-    c.method.unimatch_v2.grayscale = 0.2  # probability, of its own strong view (their code)
-    c.method.unimatch_v2.blur = 0.5  # probability, of its own strong view (their code)
-    c.method.unimatch_v2.cutmix = 0.5  # probability, of its own strong view (their code)
     c.method.unimatch_v2.dropped = 0.5  # share of images that lose channels
 
     c.contrast = ConfigDict()  # the paper's module, part of csc; Tables I to IV switch its parts
@@ -308,10 +303,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "method.cct.epsilon": (0, math.inf),
     "method.cps.weight": (0, math.inf),
     "method.fixmatch.threshold": (0, 1),
-    "method.fixmatch.color_jitter": (0, 1),
-    "method.fixmatch.grayscale": (0, 1),
-    "method.fixmatch.blur": (0, 1),
-    "method.fixmatch.cutmix": (0, 1),
     "method.gct.correction": (0, math.inf),
     "method.gct.consistency": (0, math.inf),
     "method.gct.ramp_up": (0, 1),
@@ -332,18 +323,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "method.u2pl.temperature": (1e-6, math.inf),
     "method.u2pl.weight": (0, math.inf),
     "method.unimatch.threshold": (0, 1),
-    "method.unimatch.color_jitter": (0, 1),
-    "method.unimatch.grayscale": (0, 1),
-    "method.unimatch.blur": (0, 1),
-    "method.unimatch.cutmix": (0, 1),
     "method.unimatch.feature_dropout": (0, 0.999),
     "method.unimatch.strong_weight": (0, math.inf),
     "method.unimatch.feature_weight": (0, math.inf),
+    "method.unimatch_view.color_jitter": (0, 1),
+    "method.unimatch_view.grayscale": (0, 1),
+    "method.unimatch_view.blur": (0, 1),
+    "method.unimatch_view.cutmix": (0, 1),
     "method.unimatch_v2.threshold": (0, 1),
-    "method.unimatch_v2.color_jitter": (0, 1),
-    "method.unimatch_v2.grayscale": (0, 1),
-    "method.unimatch_v2.blur": (0, 1),
-    "method.unimatch_v2.cutmix": (0, 1),
     "method.unimatch_v2.dropped": (0, 1),
     "contrast.weight": (0, math.inf),
     "contrast.start": (0, math.inf),

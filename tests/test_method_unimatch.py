@@ -36,7 +36,7 @@ def slow_loss(logits, labels, counted):
 
 
 def run(name, **overrides):
-    fields = {f"method__{name}__threshold": 0.3, f"method__{name}__cutmix": 1.0, **overrides}
+    fields = {f"method__{name}__threshold": 0.3, "method__unimatch_view__cutmix": 1.0, **overrides}
     method, state = toy_method(method__name=name, **fields)
     batch = toy_batch()
     loss, outputs = method.loss(state.trained, state, batch, jax.random.key(3))
@@ -78,12 +78,13 @@ def test_unimatch_v2(seen):
 
 
 @pytest.mark.parametrize("name", ["fixmatch", "unimatch", "unimatch_v2"])
-def test_the_strong_view_is_that_of_the_method_whatever_the_others_have(name):
+def test_the_strong_view_is_unimatchs_whatever_other_methods_have(name):
     *_, loss, _ = run(name)
     others = {"method__color_jitter": 1.0, "method__grayscale": 1.0, "method__cutmix": 0.0}
     assert run(name, **others)[-2] == loss
     for operation in ("color_jitter", "grayscale", "blur", "cutmix"):
-        always, never = (run(name, **{f"method__{name}__{operation}": p})[-2] for p in (1.0, 0.0))
+        field = f"method__unimatch_view__{operation}"
+        always, never = (run(name, **{field: p})[-2] for p in (1.0, 0.0))
         assert np.isfinite(always), operation
         assert always != never, operation
 

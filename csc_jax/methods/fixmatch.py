@@ -3,7 +3,7 @@
 Sohn et al., NeurIPS 2020, in the form that UniMatch (Yang et al., CVPR 2023, Sec. 3.1, Eq. 1 to 3)
 gives it for segmentation: no EMA in the pseudo-labels, a threshold of 0.95, and
 L = (L_s + L_u) / 2, L_u averaged over all pixels. The strong view is that of the authors' code
-(`config.method.fixmatch`), whatever the other methods of a comparison have.
+(`config.method.unimatch_view`), whatever the other methods of a comparison have.
 
 What differs: labelled, weak and strong images make one batch, so that BatchNorm sees them together
 (theirs: the strong view apart); an image's CutMix partner is the next one of the batch. An EMA of
@@ -34,7 +34,7 @@ class FixMatch(Method):
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
-        strong, mask = shared.strong_view(view_key, weak, config.fixmatch)
+        strong, mask = shared.strong_view(view_key, weak, config.unimatch_view)
 
         student, batch_stats = task.train_forward(
             params["student"],

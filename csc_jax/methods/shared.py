@@ -75,7 +75,7 @@ def strong_view(key: Array, weak: Array, config: ConfigDict) -> tuple[Array, Arr
     Args:
       key: random key.
       weak: (B, H, W, 3) uint8.
-      config: `config.method`, or the part of it that gives a method's own strong view.
+      config: `config.method`, or `config.method.unimatch_view`.
 
     Returns:
       (B, H, W, 3) float32 on 0..255, and (B, H, W) bool for `augment.mix`.

@@ -4,7 +4,7 @@ Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic 
 2023: Sec. 3.2 (feature perturbation: half of the channels of the backbone's features dropped, Eq.
 4), Sec. 3.3 (two strong views, each with boxes of its own), and their code for the weights 0.5 and
 2 x 0.25, the threshold of 0.95 and L = (L_s + L_u) / 2. The strong views are those of their code
-(`config.method.unimatch`), whatever the other methods of a comparison have.
+(`config.method.unimatch_view`), whatever the other methods of a comparison have.
 
 What differs: all views make one batch, so that BatchNorm sees them together (theirs: the strong
 views apart); an image's CutMix partner is the next one of the batch. An EMA of the student is kept
@@ -35,8 +35,8 @@ class UniMatch(Method):
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
-        strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch)
-        strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch)
+        strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_view)
+        strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
         start, end = labeled["image"].shape[0], labeled["image"].shape[0] + weak.shape[0]
 
         def with_perturbed_weak(features: Features) -> Features:

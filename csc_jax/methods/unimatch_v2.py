@@ -4,7 +4,7 @@ Yang, Zhao, Zhao, "UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Se
 2025: Sec. 3.3 (one stream for image and feature perturbations) and 3.4 (complementary dropout: a
 channel that one view loses is doubled in the other; half of the image pairs keep all channels),
 their code for the threshold of 0.95 and L = (L_s + (L_1 + L_2) / 2) / 2. The strong views are those
-of their code (`config.method.unimatch_v2`); their EMA decay is `--config.method.ema_decay=0.996`.
+of their code (`config.method.unimatch_view`); their EMA decay is `--config.method.ema_decay=0.996`.
 
 What differs: they have a DINOv2 transformer and drop channels of four of its layers; here those of
 `low` and `deep` of the backbone. Labelled and strong images make one batch; an image's CutMix
@@ -36,8 +36,8 @@ class UniMatchV2(Method):
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
         pseudo = self.pseudo_labels(key, state, weak, inside)
-        strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_v2)
-        strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_v2)
+        strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_view)
+        strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
         start, middle = labeled["image"].shape[0], labeled["image"].shape[0] + weak.shape[0]
 
         def with_fewer_channels(features: Features) -> Features:
