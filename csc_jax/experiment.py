@@ -10,8 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from csc_jax import config as config_lib
-from csc_jax import data, evaluation, methods, models, sharding
+from csc_jax import config_checks, data, evaluation, methods, models, sharding
 from csc_jax.models.weights import load_pretrained
 from csc_jax.optimizer import combine
 from csc_jax.state import Network, TrainState
@@ -151,5 +150,5 @@ def load_data(config: ConfigDict) -> data.Dataset:
     Raises:
       UserError: a field out of range, or anything wrong with the user's files.
     """
-    config_lib.validate(config)
+    config_checks.validate(config)
     return data.load(config.data)

@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from csc_jax import config as config_lib
-from csc_jax import distributed, stored_config
+from csc_jax import config_checks, distributed, stored_config
 from csc_jax.errors import Diverged, Interrupted, UserError
 from csc_jax.predict import predict_folder
 from csc_jax.score import load, score
@@ -116,7 +116,7 @@ def dispatch() -> None:
     """Does what the parsed flags say."""
     try:
         config = _CONFIG.value
-        config_lib.validate(config)
+        config_checks.validate(config)
     except OSError as error:  # ml-collections keeps a failure to load until the value is asked for
         raise UserError(f"--config cannot be read. {error}") from error
     workdir = Path(_required(_WORKDIR, "the folder of the run"))

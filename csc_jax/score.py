@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax import data, distributed, evaluation, visualize
+from csc_jax import config_checks, data, distributed, evaluation, visualize
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
 from csc_jax.evaluation import Scores
@@ -40,7 +40,7 @@ def score(
       UserError: no such checkpoint, one of another class count, model or method, or a folder that
         cannot be written to.
     """
-    config_lib.validate(config)
+    config_checks.validate(config)
     if save_predictions is not None:
         if config.eval.mode == "center_crop":
             raise UserError(
@@ -99,7 +99,7 @@ def load(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Experiment
 
 def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Experiment, TrainState]:
     """Restores a whole state, with its experiment."""
-    config_lib.validate(config)
+    config_checks.validate(config)
     config = config_lib.resolve(config, steps_per_epoch=1)  # lengths do not matter here
     with Checkpointer(workdir, read_only=True) as checkpointer:
         run = checkpointer.describe(checkpoint)

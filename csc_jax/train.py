@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax import data, distributed, visualize
+from csc_jax import config_checks, data, distributed, visualize
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import Diverged, Interrupted, UserError
 from csc_jax.evaluation import Scores
@@ -239,7 +239,7 @@ def _write_what_is_run(run: dict[str, Any], partition: data.Partition, workdir: 
 
 
 def _check_resumed(stored: dict[str, Any], config: ConfigDict) -> None:
-    for line in config_lib.check_resumed(stored["config"], config):
+    for line in config_checks.check_resumed(stored["config"], config):
         log.info("changed since the checkpoint: %s", line)
 
 

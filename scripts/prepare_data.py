@@ -12,8 +12,7 @@ from absl import flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from csc_jax import config as config_lib
-from csc_jax import data, main
+from csc_jax import config_checks, data, main
 from csc_jax.errors import UserError
 
 
@@ -24,7 +23,7 @@ def run(argv: Sequence[str]) -> int:
         main.parse(argv)
         try:
             config = flags.FLAGS.config
-            config_lib.validate(config)
+            config_checks.validate(config)
         except OSError as error:  # ml-collections keeps a failure to load till it is asked
             raise UserError(f"--config cannot be read. {error}") from error
         dataset = data.load(config.data)

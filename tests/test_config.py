@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 from tiny import tiny_config
 
 from csc_jax import config as config_lib
-from csc_jax import data, main, methods, models
+from csc_jax import config_checks, data, main, methods, models
 from csc_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ def load_config(path: Path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_config_file_builds_its_network_and_state(path):
     module, config = load_config(path)
-    config_lib.validate(config)
+    config_checks.validate(config)
     config = config_lib.resolve(config, steps_per_epoch=100)
     assert config.train.steps > 0
     known = {"cityscapes": 19, "pascal_voc": 21, "camvid": 11, "synthetic": 7}
@@ -83,7 +83,7 @@ def test_values_out_of_range_are_named(field, value, message):
     config = tiny_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
-        config_lib.validate(config)
+        config_checks.validate(config)
 
 
 def test_lengths_are_resolved_into_steps():

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax import methods, models, sharding
+from csc_jax import config_checks, methods, models, sharding
 from csc_jax.models.resnet import DEPTHS, BasicBlock
 from csc_jax.optimizer import combine
 from csc_jax.train_step import compile_init, compile_step
@@ -50,7 +50,7 @@ def tiny_config(tmp_path: Path | None = None, **overrides: object) -> ConfigDict
     c.parallel.devices = 1  # a program for several takes far longer to compile
     c.debug.compilation_cache = False
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
-    config_lib.validate(c)
+    config_checks.validate(c)
     return c
 
 

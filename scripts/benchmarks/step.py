@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.timing import Candidate, machine, table, take_turns
 from csc_jax import config as config_lib
-from csc_jax import experiment, sharding
+from csc_jax import config_checks, experiment, sharding
 from csc_jax.train_step import compile_step
 
 
@@ -53,7 +53,7 @@ def build(path: Path, method: str, classes: int, dtype: str | None) -> experimen
     config.method.supervised_only_epochs = 0.0
     if dtype:
         config.model.dtype = dtype
-    config_lib.validate(config)
+    config_checks.validate(config)
     names = tuple(map(str, range(classes)))
     palette = np.zeros((classes, 3), np.uint8)
     return experiment.build(config_lib.resolve(config, steps_per_epoch=100), names, palette)

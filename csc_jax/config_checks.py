@@ -1,0 +1,222 @@
+"""What a config may hold, and what of it may change from one part of a run to the next.
+
+`config.py` has the fields themselves; one that is new there gets its choices or bounds here.
+"""
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from csc_jax.config import default_config, flatten, to_plain
+from csc_jax.errors import UserError
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "data.labeled_fraction": ("1/2", "1/4", "1/8", "1/16", "1"),
+    "data.pascal_voc.pool": ("blender", "classic"),
+    "model.output_stride": (8, 16, 32),
+    "model.dtype": ("float32", "bfloat16"),
+    "method.contrast": ("none", "csc"),
+    "method.pseudo_label.mode": ("adaptive", "entropy", "confidence"),
+    "contrast.consistency_gate": ("strict", "range", "off"),
+    "contrast.enqueue_gate": ("strict", "range", "off"),
+    "contrast.class_mean": ("per_image", "pooled"),
+    "contrast.bank_source": ("student", "teacher"),
+    "loss.name": ("cross_entropy", "ohem"),
+    "optimizer.name": ("sgd", "adamw"),
+    "eval.network": ("teacher", "student"),
+    "eval.mode": ("whole", "sliding", "center_crop"),
+}
+
+# (lowest, highest) allowed value.
+_RANGES: dict[str, tuple[float, float]] = {
+    "data.threads": (0, math.inf),
+    "data.prefetch": (0, math.inf),
+    "data.workers": (0, math.inf),
+    "data.max_unreadable": (0, math.inf),
+    "data.synthetic.weather": (0, 1),
+    "batch.labeled": (1, math.inf),
+    "batch.unlabeled": (1, math.inf),
+    "batch.eval": (1, math.inf),
+    "model.width": (1, math.inf),
+    "model.decoder_width": (1, math.inf),
+    "model.projection_dim": (1, math.inf),
+    "model.dropout": (0, 0.999),
+    "method.ema_decay": (0, 1),
+    "method.supervised_only": (0, math.inf),
+    "method.supervised_only_epochs": (0, math.inf),
+    "method.lambda_u": (0, math.inf),
+    "method.cutmix": (0, 1),
+    "method.color_jitter": (0, 1),
+    "method.grayscale": (0, 1),
+    "method.blur": (0, 1),
+    "method.pseudo_label.threshold": (0, 1),
+    "method.pseudo_label.floor": (0, 1),
+    "method.pseudo_label.gamma": (0, math.inf),
+    "method.pseudo_label.confidence_ema": (0, 1),
+    "method.cct.weight": (0, math.inf),
+    "method.cct.ramp_up": (0, 1),
+    "method.cct.con_msk": (0, math.inf),
+    "method.cct.dropout": (0, math.inf),
+    "method.cct.f_drop": (0, math.inf),
+    "method.cct.f_noise": (0, math.inf),
+    "method.cct.g_cutout": (0, math.inf),
+    "method.cct.i_vat": (0, math.inf),
+    "method.cct.obj_msk": (0, math.inf),
+    "method.cct.dropout_rate": (0, 0.999),
+    "method.cct.noise": (0, math.inf),
+    "method.cct.erase": (0, 1),
+    "method.cct.epsilon": (0, math.inf),
+    "method.cps.weight": (0, math.inf),
+    "method.fixmatch.threshold": (0, 1),
+    "method.gct.correction": (0, math.inf),
+    "method.gct.consistency": (0, math.inf),
+    "method.gct.ramp_up": (0, 1),
+    "method.gct.threshold": (0, 1),
+    "method.gct.detector_weight": (0, math.inf),
+    "method.gct.detector_rate": (0, math.inf),
+    "method.gct.detector_width": (2, math.inf),
+    "method.gct.repeats": (0, math.inf),
+    "method.mean_teacher.weight": (0, math.inf),
+    "method.mean_teacher.ramp_up": (0, 1),
+    "method.mean_teacher.noise": (0, math.inf),
+    "method.u2pl.low_entropy": (0, 100),
+    "method.u2pl.anchor_probability": (0, 1),
+    "method.u2pl.queue_size": (1, math.inf),
+    "method.u2pl.queue_size_first": (1, math.inf),
+    "method.u2pl.anchors": (1, math.inf),
+    "method.u2pl.negatives": (1, math.inf),
+    "method.u2pl.temperature": (1e-6, math.inf),
+    "method.u2pl.weight": (0, math.inf),
+    "method.unimatch.threshold": (0, 1),
+    "method.unimatch.feature_dropout": (0, 0.999),
+    "method.unimatch.strong_weight": (0, math.inf),
+    "method.unimatch.feature_weight": (0, math.inf),
+    "method.unimatch_view.color_jitter": (0, 1),
+    "method.unimatch_view.grayscale": (0, 1),
+    "method.unimatch_view.blur": (0, 1),
+    "method.unimatch_view.cutmix": (0, 1),
+    "method.unimatch_v2.threshold": (0, 1),
+    "method.unimatch_v2.dropped": (0, 1),
+    "contrast.weight": (0, math.inf),
+    "contrast.start": (0, math.inf),
+    "contrast.top_n": (0, math.inf),
+    "contrast.bank_size": (1, math.inf),
+    "contrast.pixels_per_class": (1, math.inf),
+    "contrast.update_every": (1, math.inf),
+    "contrast.views_per_class": (1, math.inf),
+    "contrast.temperature": (1e-6, math.inf),
+    "contrast.min_fill": (1, math.inf),
+    "loss.ohem_threshold": (0, 1),
+    "loss.ohem_min_kept": (1, math.inf),
+    "loss.aux_weight": (0, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.momentum": (0, 1),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.warmup": (0, math.inf),
+    "optimizer.clip_norm": (0, math.inf),
+    "train.steps": (0, math.inf),
+    "train.epochs": (0, math.inf),
+    "train.log_every": (1, math.inf),
+    "train.eval_every": (0, math.inf),
+    "train.panels": (0, math.inf),
+    "train.consistency_lag": (1, math.inf),
+    "train.max_rejected": (1, math.inf),
+    "eval.size_multiple": (1, math.inf),
+    "eval.panels": (0, math.inf),
+    "checkpoint.every": (0, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "parallel.devices": (0, math.inf),
+    "parallel.fsdp": (1, math.inf),
+}
+
+# Fields that hold one number for each of a fixed set of axes.
+_LENGTHS = {
+    "data.image_size": 2,
+    "data.crop_size": 2,
+    "data.scale_range": 2,
+    "data.mean": 3,
+    "data.std": 3,
+    "data.synthetic.size": 2,
+    "method.pseudo_label.percentile": 2,
+    "method.u2pl.percentile": 2,
+    "method.u2pl.ranks": 2,
+    "method.cct.drop_range": 2,
+    "eval.window": 2,
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field that can be checked without looking at data or devices.
+
+    Raises:
+      UserError: names the field, its value and what it takes.
+    """
+    fields = flatten(config)
+    for name, choices in _CHOICES.items():
+        if fields[name] not in choices:
+            raise UserError(
+                f"{name} is {fields[name]!r}; it takes one of {', '.join(map(repr, choices))}."
+            )
+    for name, (low, high) in _RANGES.items():
+        if not low <= fields[name] <= high:
+            bound = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+            raise UserError(f"{name} is {fields[name]}; it must be {bound}.")
+    for name, length in _LENGTHS.items():
+        if len(fields[name]) != length:
+            raise UserError(
+                f"{name} is {fields[name]}; it takes {length} numbers, as in "
+                f"--config.{name}={','.join(['1'] * length)}."
+            )
+    scales = tuple(config.eval.scales)
+    if not scales or min(scales) <= 0:
+        raise UserError(
+            f"eval.scales is {scales}; it takes one ratio above 0 or more, as in "
+            "--config.eval.scales=0.75,1.0,1.25."
+        )
+    if bool(config.train.steps) == bool(config.train.epochs):
+        raise UserError(
+            f"train.steps is {config.train.steps} and train.epochs is {config.train.epochs:g}; "
+            "exactly one of them must be above 0."
+        )
+    if not 0 <= config.optimizer.warmup <= config.train.steps and config.train.steps:
+        raise UserError(
+            f"optimizer.warmup is {config.optimizer.warmup} steps, more than the "
+            f"{config.train.steps} of train.steps."
+        )
+
+
+# What may change from one part of a run to the next: none of it alters the state.
+_MAY_CHANGE = (
+    *("data.root", "data.cache_dir", "data.threads", "data.prefetch", "data.workers"),
+    "data.max_unreadable",
+    *("batch.eval", "train.steps", "train.log_every", "train.eval_every", "train.panels"),
+    *("model.remat", "train.max_rejected", "eval.", "checkpoint.", "parallel.", "debug.", "wandb"),
+)
+
+
+def check_resumed(stored: dict[str, Any], config: ConfigDict) -> list[str]:
+    """Compares the config of a checkpoint with the one that is to continue it.
+
+    Args:
+      stored: `to_plain` of the resolved config in the checkpoint.
+      config: resolved.
+
+    Returns:
+      One line for each field that differs and may.
+
+    Raises:
+      UserError: fields differ that make it another run; it names each with both values.
+    """
+    now = to_plain(config)
+    before = to_plain(default_config()) | stored  # a version before may have had fewer fields
+    changed = [name for name in now if now[name] != before[name]]
+    lines = {name: f"{name}: {before[name]} before, {now[name]} now" for name in changed}
+    refused = [name for name in changed if not name.startswith(_MAY_CHANGE)]
+    if refused:
+        raise UserError(
+            f"The work directory holds a run of another config: "
+            f"{'; '.join(lines[name] for name in refused)}. Give these fields their old values to "
+            "continue it, or choose another --workdir."
+        )
+    return list(lines.values())
