@@ -61,7 +61,8 @@ class Run:
     @property
     def miou(self) -> float | None:
         """In percent; None as long as there is no result."""
-        return None if self.result is None else float(self.result["miou"])
+        result = self.result
+        return None if result is None else float(result["miou"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,12 +193,13 @@ def _result(run: Run) -> dict[str, Any]:
     of_network = f"val/{config['eval.network']}_"
     scores = [record for record in metrics if f"{of_network}miou" in record][-1]
     of_class = f"{of_network}iou/"
+    classes = {k.removeprefix(of_class): v for k, v in scores.items() if k.startswith(of_class)}
     rates = [r[RATE] for r in metrics if RATE in r]
     images = scores["step"] * (config["batch.labeled"] + config["batch.unlabeled"])
     return {
         "command": run.command,
         "miou": 100 * scores[f"{of_network}miou"],
-        "classes": {k.removeprefix(of_class): 100 * v for k, v in scores.items() if of_class in k},
+        "classes": {name: 100 * iou for name, iou in classes.items()},
         "minutes": images / statistics.median(rates) / 60 if rates else None,
     }
 
@@ -275,7 +277,9 @@ def _write(plan: Plan, runs: Sequence[Run], out: Path) -> None:
 
 def _write_runs(runs: Sequence[Run], path: Path) -> None:
     """Writes a line for each run that is done: the IoU of each class, in percent, and minutes."""
-    done = [(run, run.result) for run in runs if run.result]
+    # A run done by an older version has its mIoU alone.
+    alone = {"classes": {}, "minutes": None}
+    done = [(run, alone | run.result) for run in runs if run.result]
     classes = list(dict.fromkeys(name for _, result in done for name in result["classes"]))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

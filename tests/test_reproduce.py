@@ -73,6 +73,19 @@ def test_the_papers_figures_stand_only_beside_its_own_data_set(trained, tmp_path
     assert "75.64" not in text
 
 
+def test_a_run_of_an_older_version_is_listed_without_its_classes(trained, tmp_path):
+    arguments = [f"--config={SYNTHETIC}", "--rows=supervised,csc", f"--out={tmp_path}"]
+    reproduce.main(arguments)
+    path = tmp_path / "synthetic" / "csc" / "1_8" / "seed0" / reproduce.RESULT
+    result = json.loads(path.read_text())
+    del result["classes"], result["minutes"]
+    path.write_text(json.dumps(result))
+    reproduce.main(arguments)
+    new, old = rows_of(tmp_path / "synthetic" / "comparison_runs.csv")
+    assert (new["road"], new["minutes"]) == ("90.00", "5.00")
+    assert (old["row"], old["miou"], old["road"], old["minutes"]) == ("csc", "70.00", "", "")
+
+
 def test_shards_share_the_runs(trained, tmp_path):
     runs, _ = trained
     arguments = [f"--config={SYNTHETIC}", "--rows=supervised,csc", "--seeds=2"]
@@ -124,14 +137,9 @@ def test_rows_change_fields_that_exist():
 def test_a_real_run_is_scored_and_continued(tmp_path):
     sizes = ["data.synthetic.train=16", "data.synthetic.val=4", "data.synthetic.size=32,32"]
     sizes += ["data.crop_size=32,32", "data.image_size=0,0", "model.backbone=resnet18"]
-    sizes += [
-        "model.width=4",
-        "model.decoder_width=8",
-        "train.steps=2",
-        "train.panels=0",
-        "train.log_every=1",
-    ]
-    sizes += [f"data.cache_dir={tmp_path / 'cache'}", "train.eval_every=1", "parallel.devices=1"]
+    sizes += ["model.width=4", "model.decoder_width=8", "train.steps=2", "train.panels=0"]
+    sizes += ["train.log_every=1", "train.eval_every=1", "parallel.devices=1"]
+    sizes += [f"data.cache_dir={tmp_path / 'cache'}"]
     arguments = [f"--config={SYNTHETIC}", "--rows=supervised", f"--out={tmp_path}"]
     assert (
         reproduce.main([*arguments, "--set", *sizes, "batch.labeled=2", "batch.unlabeled=2"]) == 0
@@ -145,4 +153,5 @@ def test_a_real_run_is_scored_and_continued(tmp_path):
     (run,) = rows_of(tmp_path / "synthetic" / "comparison_runs.csv")
     assert run["road"] == f"{100 * records[-1]['val/teacher_iou/road']:.2f}"
     rates = [r["train/images_per_second"] for r in records if "train/images_per_second" in r]
-    assert run["minutes"] == f"{2 * 4 / statistics.median(rates) / 60:.2f}"
+    result = json.loads((workdir / reproduce.RESULT).read_text())
+    assert result["minutes"] == pytest.approx(2 * 4 / statistics.median(rates) / 60)
