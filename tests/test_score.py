@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import tiny_config
 
 from csc_jax import config as config_lib
-from csc_jax import data
+from csc_jax import config_checks, data
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
 from csc_jax.experiment import build
@@ -175,7 +175,7 @@ def test_a_read_only_or_full_work_directory_is_named(run, tmp_path, monkeypatch)
 )
 def test_fields_out_of_range_are_named(fields, message):
     with pytest.raises(UserError, match=message):
-        config_lib.validate(changed(tiny_config(), **fields))
+        config_checks.validate(changed(tiny_config(), **fields))
 
 
 def test_an_image_without_labels_is_neither_best_nor_worst():
