@@ -64,7 +64,7 @@ def train_step(
     (loss, outputs), gradients = grad(state.trained, state, batch, loss_key)
     norm = optax.tree.norm(gradients)  # not finite if any gradient is not
 
-    @jax.jit  # traced once for its shapes and for itself
+    @jax.jit  # so that `eval_shape` below and `cond` share one trace
     def learn(state: TrainState) -> tuple[TrainState, Metrics]:
         updates, opt_state = tx.update(gradients, state.opt_state, state.trained)
         params = optax.apply_updates(state.trained, updates)
