@@ -68,12 +68,16 @@ def top(values: Array, places: Array, top_n: int) -> tuple[Array, Array]:
     Of equal values the first comes first. With K < N the rest is NONE.
     """
     if top_n == 1:
-        at = jnp.argmax(values, axis=1, keepdims=True)  # no sort needed
+        # No sort; and two plain reductions, as XLA's argmax is slow on a CPU: with it the search
+        # for the positives took 8.0 ms in place of 3.5 (1,056 queries, 11 x 256 bank entries).
+        largest = jnp.max(values, axis=1, keepdims=True)
+        columns = jnp.arange(values.shape[1])
+        at = jnp.min(jnp.where(values == largest, columns, values.shape[1] - 1), 1, keepdims=True)
     else:
-        _, at = jax.lax.top_k(values, min(top_n, values.shape[1]))
+        largest, at = jax.lax.top_k(values, min(top_n, values.shape[1]))
     rest = ((0, 0), (0, top_n - at.shape[1]))
     return (
-        jnp.pad(jnp.take_along_axis(values, at, axis=1), rest, constant_values=NONE),
+        jnp.pad(largest, rest, constant_values=NONE),
         jnp.pad(jnp.take_along_axis(places, at, axis=1), rest, constant_values=-1),
     )
 
@@ -89,7 +93,9 @@ def flat_bank(bank: MemoryBank) -> Keys:
 def fold(step: Callable[[Any, Keys], Any], carry: Any, keys: Keys, rows: int) -> Any:
     """Runs `carry = step(carry, block)` over blocks of keys, sized for `rows` (n) queries."""
     total = keys.labels.shape[0]
-    size = max(1, min(total, _BLOCK_KEYS, _BLOCK_ELEMENTS // rows))
+    largest = max(1, min(total, _BLOCK_KEYS, _BLOCK_ELEMENTS // rows))
+    blocks = -(-total // largest)
+    size = -(-total // blocks)  # blocks alike, so that the last one repeats next to nothing
 
     def body(i: Array, carry: Any) -> Any:
         # The last block is moved back to fit, and what the one before it had is masked out: no
@@ -103,7 +109,7 @@ def fold(step: Callable[[Any, Keys], Any], carry: Any, keys: Keys, rows: int) ->
         labels = jnp.where(is_new, labels, -1)
         return step(carry, Keys(features, labels, keys.start + start, extra))
 
-    return jax.lax.fori_loop(0, -(-total // size), body, carry)
+    return jax.lax.fori_loop(0, blocks, body, carry)
 
 
 def fold_own_class(
