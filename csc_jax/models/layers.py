@@ -33,10 +33,13 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32  # compute type; parameters are float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, convolved: jax.Array | None = None) -> jax.Array:
+        """`convolved` is x with the kernel, where the caller has it already."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.dilation)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        y = convolved
+        if y is None:
+            y = convolve(x.astype(self.dtype), kernel, self.stride, self.dilation)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
@@ -79,7 +82,8 @@ class ConvNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, convolved: jax.Array | None = None) -> jax.Array:
+        """`convolved` as in `Conv`."""
         x = Conv(
             self.features,
             self.kernel_size,
@@ -88,6 +92,6 @@ class ConvNorm(nn.Module):
             use_bias=self.use_bias,
             dtype=self.dtype,
             name="conv",
-        )(x)
+        )(x, convolved)
         x = BatchNorm(dtype=self.dtype, name="bn")(x, train)
         return nn.relu(x) if self.relu else x
