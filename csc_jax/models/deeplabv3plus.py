@@ -148,7 +148,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, convolved: jax.Array | None = None) -> jax.Array:
-        """`convolved` is x with the first kernel, where the caller has it already."""
+        """`convolved`, (B, h, w, width), is taken for x with the first kernel where it is given."""
         for i in range(1, self.depth + 1):
             conv = ConvNorm(self.width, use_bias=True, dtype=self.dtype, name=f"conv{i}")
             x = _dropout(self.dropout, train)(conv(x, train, convolved if i == 1 else None))

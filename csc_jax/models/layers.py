@@ -34,7 +34,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, convolved: jax.Array | None = None) -> jax.Array:
-        """`convolved` is x with the kernel, where the caller has it already."""
+        """`convolved`, (B, h', w', features), is taken for x with the kernel where it is given."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         y = convolved
