@@ -90,6 +90,16 @@ def blocks(request, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("top_n", [1, 2, 3])
+def test_of_equal_similarities_the_first_counts(top_n):
+    values = jnp.array([[1.0, 3.0, 3.0, 2.0], [streaming.NONE] * 4])
+    places = jnp.broadcast_to(jnp.arange(10, 14), values.shape)
+    found = streaming.top(values, places, top_n)
+    np.testing.assert_array_equal(found[0][0], [3, 3, 2][:top_n])
+    np.testing.assert_array_equal(found[1][0], [11, 12, 13][:top_n])
+    np.testing.assert_array_equal(found[0][1], values[1, :top_n])
+
+
 # Ragged fills, an empty class, a single class, none but one valid query, N above the positives.
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
@@ -97,14 +107,14 @@ def blocks(request, monkeypatch):
     # Few shapes, many values: each shape is a compilation.
     counts=st.sampled_from([[3], [0, 6, 2], [6, 1, 0], [5, 6, 4], None]),
     top_n=st.sampled_from([None, 1, 3, 50]),
-    valid_queries=st.sampled_from([0, 1, 2, 8, 12]),
+    valid_queries=st.sampled_from([0, 1, 2, 8, 13]),
     duplicates=st.booleans(),
 )
 def test_loss_and_gradient_equal_the_slow_ones(
     blocks, seed, counts, top_n, valid_queries, duplicates
 ):
     rng = np.random.default_rng([seed, 1])  # not the numbers that fill the bank
-    n, dim, temperature = 12, 5, 0.2
+    n, dim, temperature = 13, 5, 0.2  # 13 and 18 keys are no multiples of their blocks
     classes = 3 if counts is None else len(counts)
     bank = None if counts is None else random_bank(seed, counts, size=6, dim=dim)
     queries = unit(rng.normal(size=(n, dim))).astype(np.float32)

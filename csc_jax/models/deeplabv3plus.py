@@ -103,15 +103,15 @@ class DeepLabV3Plus(nn.Module):
     ) -> tuple[jax.Array | None, jax.Array | None]:
         """The first convolutions of classifier and projection head, (B, h, w, decoder_width) each.
 
-        As one, since they read the same map: 40 ms in place of 46 with their gradients at the size
-        of configs/camvid.py. None where there is only one, or no parameters yet.
+        As one, since they read the same map, which saves a CPU about an eighth of their time. None where
+        there is only one, or no parameters yet.
         """
         if not projection or self.is_initializing():
             return None, None
         params = self.variables["params"]
         kernels = [params[name]["conv1"]["conv"]["kernel"] for name in ("classifier", "projection")]
         kernel = jnp.concatenate(kernels, axis=-1).astype(self.dtype)
-        classifier, project = jnp.split(convolve(fused, kernel), 2, axis=-1)
+        classifier, project = jnp.split(convolve(fused.astype(self.dtype), kernel), 2, axis=-1)
         return classifier, project
 
 
