@@ -103,8 +103,8 @@ class DeepLabV3Plus(nn.Module):
     ) -> tuple[jax.Array | None, jax.Array | None]:
         """The first convolutions of classifier and projection head, (B, h, w, decoder_width) each.
 
-        As one, since they read the same map, which saves a CPU about an eighth of their time. None where
-        there is only one, or no parameters yet.
+        As one, since they read the same map, which saves a CPU about an eighth of their time. None
+        where there is only one, or no parameters yet.
         """
         if not projection or self.is_initializing():
             return None, None
