@@ -11,13 +11,16 @@ from csc_jax.models import winograd
 # Share of useful products below which `_convolve_by_taps` is taken. With its gradients it was 1.8
 # times as fast on a CPU at a share of 0.4, 4 times at 0.2, 13 times at 0.11; XLA won above 0.5.
 _TAPS_BELOW = 0.45
-# Pixels of an output map from which a CPU takes `_kernel_gradient`. On 2 cores, milliseconds by XLA
-# and by it: 502 and 90 for (2, 161, 161, 64) to 128 channels; 1006 and 300 for (2, 81, 81, 512) to
-# 256; 459 and 125 for (2, 41, 41, 512) to 512 at dilation 8; 10.6 and 6.0 for (8, 24, 24, 96) to
-# 48; but 11 and 13 for (8, 12, 12, 512) to 64.
+# Pixels of an output map from which a CPU takes `_kernel_gradient` or `winograd`: a small one gains
+# little, and they take longer to compile. On 2 cores, milliseconds by XLA and by the first: 502 and
+# 90 for (2, 161, 161, 64) to 128 channels; 1006 and 300 for (2, 81, 81, 512) to 256; 459 and 125
+# for (2, 41, 41, 512) to 512 at dilation 8; 10.6 and 6.0 for (8, 24, 24, 96) to 48; but 11 and 13
+# for (8, 12, 12, 512) to 64.
 _LARGE_MAP = 512
-# Where a CPU takes `winograd`: with fewer channels its sums cost more than the products that it
-# saves, and with tiles that reach far beyond the map there is nothing to save.
+# Of those, `winograd` where its sums cost less than the products that it saves, which takes
+# channels, and where its tiles do not reach far beyond the map. Value, gradient of the input and
+# that of the kernel were 2.4, 1.9 and 2.3 times as fast for (8, 24, 24, 96) to 96, and 2.0, 1.8 and
+# 1.5 for (2, 81, 81, 512) to 512; with 24 channels at (8, 24, 32) 1.1, 1.0 and 0.9.
 _WINOGRAD_CHANNELS = 48
 _WINOGRAD_COVERED = 1.5
 
@@ -39,10 +42,11 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1
         return _convolve_pixels(x[:, ::stride, ::stride], kernel[0, 0])
     if stride == 1 and _share_inside(x, size, dilation) < _TAPS_BELOW:
         return _convolve_by_taps(x, kernel, dilation)
+    if -(-x.shape[1] // stride) * -(-x.shape[2] // stride) < _LARGE_MAP:
+        return _by_xla(x, kernel, stride, dilation)
     if stride == 1 and _suits_winograd(x, kernel, dilation):
         return _convolve_by_winograd(x, kernel, dilation)
-    large = -(-x.shape[1] // stride) * -(-x.shape[2] // stride) >= _LARGE_MAP
-    return (_convolve if large else _by_xla)(x, kernel, stride, dilation)
+    return _convolve(x, kernel, stride, dilation)
 
 
 def _by_xla(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
