@@ -95,14 +95,18 @@ def test_a_wide_convolution_takes_fewer_products_on_a_cpu(dilation):
     assert not convolution._suits_winograd(x, kernel, 12)  # tiles of padding for the most part
 
 
-def test_the_gradients_of_a_wide_convolution_are_those_of_a_plain_one():
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_value_and_gradients_of_a_wide_convolution_are_those_of_a_plain_one(dilation):
     channels = convolution._WINOGRAD_CHANNELS
     x, kernel, weight = arrays(
         (1, 23, 24, channels), (3, 3, channels, channels + 1), (1, 23, 24, channels + 1)
     )
-    assert convolution._suits_winograd(x, kernel, 1)
-    ours = gradients(convolution.convolve, x, kernel, weight)
-    reference = gradients(lambda x, k: plain(x, k, 1), x, kernel, weight)
+    assert convolution._suits_winograd(x, kernel, dilation)
+
+    def everything(conv):
+        value = conv(x, kernel, dilation=dilation)
+        return value, *gradients(lambda x, k: conv(x, k, dilation=dilation), x, kernel, weight)
+
+    ours, reference = everything(convolution.convolve), everything(plain)
     for mine, expected in zip(ours, reference, strict=True):
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(mine, expected, atol=1e-5 * scale)
+        np.testing.assert_allclose(mine, expected, atol=1e-5 * np.abs(expected).max())

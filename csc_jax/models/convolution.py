@@ -1,7 +1,6 @@
 """The convolution of all networks, with faster paths where XLA's own is slow."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,19 +115,18 @@ def _forward_winograd(
 def _backward_winograd(
     dilation: int, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    def by_winograd(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> Any:
+    def by_winograd(
+        x: jax.Array, kernel: jax.Array, gradient: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return (
             winograd.input_gradient(kernel, gradient, dilation),
             winograd.kernel_gradient(x, gradient, dilation),
         )
 
-    def by_xla(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> Any:
+    def by_xla(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.vjp(lambda x, kernel: _by_xla(x, kernel, 1, dilation), x, kernel)[1](gradient)
 
-    by_x, by_kernel = jax.lax.platform_dependent(
-        *residuals, gradient, cpu=by_winograd, default=by_xla
-    )
-    return by_x, by_kernel
+    return jax.lax.platform_dependent(*residuals, gradient, cpu=by_winograd, default=by_xla)
 
 
 _convolve_by_winograd.defvjp(_forward_winograd, _backward_winograd)

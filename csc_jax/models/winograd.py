@@ -90,7 +90,7 @@ def _seen(x: jax.Array) -> jax.Array:
     x = jnp.pad(x, ((0, 0), *pad, (0, 0)))
     for axis in (-2, -3):  # columns, then rows, so that rows come first in the end
         end = x.shape[axis] - _SEEN + 1
-        parts = [jax.lax.slice_in_dim(x, i, i + end, TILE, axis % x.ndim) for i in range(_SEEN)]
+        parts = [jax.lax.slice_in_dim(x, i, i + end, TILE, axis) for i in range(_SEEN)]
         # As sums, since overlapping pixels would have to be written out for a matrix product.
         rows = [[(float(c), part) for c, part in zip(row, parts, strict=True) if c] for row in _B]
         x = jnp.stack([sum(c * part for c, part in row) for row in rows])
