@@ -1,5 +1,6 @@
 """Everything that changes from one step to the next, in one pytree."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,7 +51,12 @@ class TrainState(struct.PyTreeNode):
 
 def update_ema(teacher: Network, student: Network, decay: Array) -> Network:
     """Returns decay x teacher + (1 - decay) x student, BatchNorm statistics included."""
-    return jax.tree.map(lambda t, s: decay * t + (1.0 - decay) * s, teacher, student)
+    return jax.tree.map(partial(_mix, decay), teacher, student)
+
+
+@jax.jit  # so that JAX traces it once for all arrays of a shape
+def _mix(decay: Array, teacher: Array, student: Array) -> Array:
+    return decay * teacher + (1.0 - decay) * student
 
 
 def copy_network(network: Network) -> Network:

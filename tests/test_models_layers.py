@@ -1,3 +1,7 @@
+from functools import partial
+
+import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -228,6 +232,45 @@ def test_batch_statistics_of_a_single_value_stay_finite():
     np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
     _, updates = layer.apply(variables, x, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(updates["batch_stats"]["var"], 0.9, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_batch_norm_and_its_gradient_are_those_of_flax(dtype):
+    rng = np.random.default_rng(0)
+    deviation = np.array([0.1, 1.0, 5.0, 1.0])
+    x = jnp.asarray(3 + deviation * rng.standard_normal((3, 5, 7, 4)), dtype)
+    pull = jnp.asarray(rng.standard_normal(x.shape), dtype)
+    params = {"scale": jnp.array([0.5, 1.5, -1.0, 0.0]), "bias": jnp.array([0.0, 1.0, 2.0, -3.0])}
+    stats = {"mean": jnp.zeros(4), "var": jnp.ones(4)}
+
+    def run(layer, x, **kwargs):
+        def apply(params, x):
+            variables = {"params": params, "batch_stats": stats}
+            return layer.apply(variables, x, mutable=["batch_stats"], **kwargs)
+
+        y, pull_back, updates = jax.vjp(apply, params, x, has_aux=True)
+        return y, updates["batch_stats"]["mean"], pull_back(pull.astype(y.dtype))
+
+    y, mean, (by_params, by_x) = run(BatchNorm(dtype=dtype), x, train=True)
+    assert y.dtype == by_x.dtype == dtype
+    plain = nn.BatchNorm(use_running_average=False, momentum=0.9)
+    expected_y, expected_mean, (expected_by_params, expected_by_x) = run(plain, jnp.float32(x))
+    rtol = 1e-4 if dtype == jnp.float32 else 0.02
+    close = partial(np.testing.assert_allclose, rtol=rtol, atol=rtol)
+    close(np.float32(y), expected_y)
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-5)
+    jax.tree.map(close, by_params, expected_by_params)
+    close(np.float32(by_x), expected_by_x)
+
+
+def test_a_parameter_of_another_shape_is_refused():
+    layer = ConvNorm(5)
+    variables = layer.init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), train=False)
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=r"kernel.*conv"):
+        layer.apply(variables, jnp.zeros((1, 4, 4, 2)), train=False)
+    variables["params"]["bn"]["scale"] = jnp.ones(1)
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=r"scale.*bn"):
+        layer.apply(variables, jnp.zeros((1, 4, 4, 3)), train=False)
 
 
 # Resizing

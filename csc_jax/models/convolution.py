@@ -24,6 +24,7 @@ _WINOGRAD_CHANNELS = 48
 _WINOGRAD_COVERED = 1.5
 
 
+@partial(jax.jit, static_argnums=(2, 3))  # so that JAX traces it once for all layers of a shape
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
     """PyTorch's `conv2d(padding=dilation * (k - 1) / 2)` for odd k, without a bias.
 
