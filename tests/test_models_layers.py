@@ -101,6 +101,33 @@ def test_gradients_of_convolutions_are_those_of_xla(
         np.testing.assert_allclose(mine, reference, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [(3, 2), (2, 3), (2, 2)])  # either map is the narrower one
+@pytest.mark.parametrize(("size", "dilation"), [((9, 8), 2), ((5, 7), 4), ((3, 3), 3)])
+def test_the_kernel_gradient_of_a_gpu_is_that_of_xla(channels, size, dilation):
+    rng = np.random.default_rng(4)
+    x, gradient = (rng.standard_normal((2, *size, c)).astype(np.float32) for c in channels)
+    kernel = rng.standard_normal((3, 3, *channels)).astype(np.float32)
+    ours = convolution._kernel_gradient_at_once(x, kernel, gradient, dilation)
+    pull_back = jax.vjp(lambda k: convolution._by_xla(x, k, 1, dilation), kernel)[1]
+    np.testing.assert_allclose(ours, pull_back(gradient)[0], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_takes_no_dilated_convolution_for_the_gradient_of_a_kernel(dtype):
+    """Lowered for CUDA, which needs none: only value and gradient of the input are convolutions."""
+    x, kernel = (jnp.zeros(s, dtype) for s in [(1, 24, 24, 48), (3, 3, 48, 48)])
+
+    def convolutions(dilation):
+        def loss(x, kernel):
+            return jnp.sum(convolve(x, kernel, dilation=dilation) ** 2)
+
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(x, kernel)
+        return traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.convolution")
+
+    assert convolutions(dilation=1) == 3
+    assert convolutions(dilation=2) == 2
+
+
 def test_dilated_convolution_in_bfloat16_rounds_once():
     rng = np.random.default_rng(2)
     x, kernel = (

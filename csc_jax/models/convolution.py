@@ -127,7 +127,17 @@ def _backward_winograd(
     def by_xla(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.vjp(lambda x, kernel: _by_xla(x, kernel, 1, dilation), x, kernel)[1](gradient)
 
-    return jax.lax.platform_dependent(*residuals, gradient, cpu=by_winograd, default=by_xla)
+    def on_gpu(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+        by_x = jax.vjp(lambda x: _by_xla(x, kernel, 1, dilation), x)[1]
+        return by_x(gradient)[0], _kernel_gradient_at_once(x, kernel, gradient, dilation)
+
+    return jax.lax.platform_dependent(
+        *residuals,
+        gradient,
+        cpu=by_winograd,
+        cuda=by_xla if dilation == 1 else on_gpu,
+        default=by_xla,
+    )
 
 
 _convolve_by_winograd.defvjp(_forward_winograd, _backward_winograd)
@@ -153,7 +163,12 @@ def _backward(
         return jax.vjp(lambda kernel: _by_xla(x, kernel, stride, dilation), kernel)[1](gradient)[0]
 
     by_products = partial(_kernel_gradient, stride=stride, dilation=dilation)
-    by_kernel = jax.lax.platform_dependent(x, kernel, gradient, cpu=by_products, default=by_xla)
+    on_gpu = by_xla
+    if dilation > 1 and stride == 1:
+        on_gpu = partial(_kernel_gradient_at_once, dilation=dilation)
+    by_kernel = jax.lax.platform_dependent(
+        x, kernel, gradient, cpu=by_products, cuda=on_gpu, default=by_xla
+    )
     return by_x(gradient)[0], by_kernel
 
 
@@ -181,6 +196,34 @@ def _kernel_gradient(
     # As a loop: written out, the gradient of DeepLabv3+ with ResNet-50 at (2, 193, 193, 3) took
     # 6.4 s in place of 5.8 and 14.2 s to compile in place of 11.9 (one core).
     products = jax.lax.map(element, jnp.arange(size * size))
+    return products.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _kernel_gradient_at_once(
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, dilation: int
+) -> jax.Array:
+    """The gradient of the kernel, for a stride of 1, as one matrix product for all its elements.
+
+    The map with fewer channels is written out once for each element, shifted by its offset. On an
+    H100 cuDNN's takes 7 ms more at any dilation above 1 than without one, for (4, 80, 80, 2048) to
+    256 channels in bfloat16; forward and backward of DeepLabv3+ with ResNet-101 at
+    (4, 640, 640, 3) went from 128 ms to 67 by this.
+    """
+    size, pad = kernel.shape[0], _pad(kernel, dilation)
+    shift_x = x.shape[-1] < gradient.shape[-1]
+    narrow = x if shift_x else gradient
+    height, width = narrow.shape[1:3]
+    padded = jnp.pad(narrow, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    starts = [i * dilation for i in range(size)]
+    if not shift_x:
+        starts.reverse()  # the output's pixel lies as far before the input's as that behind it
+    shifted = jnp.stack(
+        [padded[:, top : top + height, left : left + width] for top in starts for left in starts],
+        axis=3,
+    )  # (B, h, w, k k, channels)
+    form = "bhwti,bhwo->tio" if shift_x else "bhwto,bhwi->tio"
+    wide = gradient if shift_x else x
+    products = jnp.einsum(form, shifted, wide, preferred_element_type=jnp.float32)
     return products.reshape(kernel.shape).astype(kernel.dtype)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.step import build, step_of
+from benchmarks.step import build, steps_of
 from benchmarks.timing import machine, take_turns
 from csc_jax import methods
 from csc_jax.models import count_parameters
@@ -21,14 +21,16 @@ def run() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     print(machine())
-    steps, trained, state, images = {}, {}, {}, {}
-    for method in options.methods:
-        built = build(options.config, method, options.classes, options.dtype)
-        steps[method] = step_of(built)
-        shapes = built.abstract_state()
+    built = [
+        build(options.config, each, options.classes, options.dtype) for each in options.methods
+    ]
+    steps = dict(zip(options.methods, steps_of(built), strict=True))
+    trained, state, images = {}, {}, {}
+    for method, experiment in zip(options.methods, built, strict=True):
+        shapes = experiment.abstract_state()
         trained[method] = count_parameters(shapes.trained)
         state[method] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-        images[method] = built.config.batch.labeled + built.config.batch.unlabeled
+        images[method] = experiment.config.batch.labeled + experiment.config.batch.unlabeled
     timings = take_turns(steps, options.repeats)
     print(f"\nTrain step of {options.config}; temporaries are the compiler's, beside the state:\n")
     columns = "method", "step, ms", "fastest, ms", "temporaries, MiB", "state, MiB", "trained, M"

@@ -14,7 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import Candidate, Timing, candidate, compiled, machine, table, take_turns
+from benchmarks.timing import (
+    Candidate,
+    Timing,
+    candidate,
+    compiled,
+    machine,
+    side_by_side,
+    table,
+    take_turns,
+)
 from csc_jax import losses, models
 from csc_jax.models.convolution import convolve
 
@@ -32,13 +41,14 @@ def run() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--remat", action="store_true", help="also with `model.remat`")
     parser.add_argument("--convolutions", action="store_true", help="only 3x3 ones by dilation")
+    parser.add_argument("--dilations", type=int, nargs="+", default=DILATIONS, help="of these")
     options = parser.parse_args()
     print(machine())
     dtype = jnp.dtype(options.dtype)
     peak = _peak(dtype)
     print(f"{options.dtype} matrix products: {peak / 1e9:.0f} GFLOP/s")
     if options.convolutions:
-        _convolutions(options.batch, options.size, dtype, peak, options.repeats)
+        _convolutions(options, dtype, peak)
         return
     for title, candidates in _networks(options, dtype).items():
         print(f"\n{title}, {options.backbone}, {options.batch} x {options.size}:")
@@ -104,10 +114,12 @@ def _ours(
         return jax.value_and_grad(loss, has_aux=True)(variables["params"])
 
     device_images, device_labels = jnp.asarray(images), jnp.asarray(labels)
-    return (
-        _counted(forward, variables, device_images),
-        _counted(backward, variables, device_images, device_labels),
-    )
+    programs = [
+        (forward, variables, device_images),
+        (backward, variables, device_images, device_labels),
+    ]
+    timed, timed_backward = side_by_side(lambda program: _counted(*program), programs)
+    return timed, timed_backward
 
 
 def _counted(function: Callable[..., Any], *arguments: Any) -> tuple[Candidate, float]:
@@ -165,29 +177,31 @@ def _theirs(
     return (Candidate(forward), 0.0), (Candidate(backward), 0.0)
 
 
-def _peak(dtype: Any, size: int = 2048) -> float:
+def _peak(dtype: Any) -> float:
     """FLOP/s of the fastest of ten square matrix products."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192  # a smaller one does not fill a GPU
     a = jnp.ones((size, size), dtype)
     timing = take_turns({"product": candidate(jnp.matmul, a, a)}, 10)["product"]
     return 2 * size**3 / min(timing.seconds)
 
 
-def _convolutions(batch: int, size: tuple[int, int], dtype: Any, peak: float, repeats: int) -> None:
+def _convolutions(options: argparse.Namespace, dtype: Any, peak: float) -> None:
     """Times value and gradients of ASPP's 3x3 convolution at the output stride, by dilation."""
+    batch, size = options.batch, options.size
     height, width, channels, features = -(-size[0] // 8), -(-size[1] // 8), 2048, 256
     x = jax.random.normal(jax.random.key(0), (batch, height, width, channels), dtype)
     kernel = jax.random.normal(jax.random.key(1), (3, 3, channels, features), dtype) / 100
     flops = 2 * batch * height * width * 9 * channels * features  # of each, padding included
     print(f"\n3x3 convolution of ({batch}, {height}, {width}, {channels}) to {features} channels:")
-    for dilation in DILATIONS:
 
-        def value(x: Any, kernel: Any, dilation: int = dilation) -> Any:
+    def programs(dilation: int) -> dict[str, Candidate]:
+        def value(x: Any, kernel: Any) -> Any:
             return convolve(x, kernel, dilation=dilation)
 
-        def energy(x: Any, kernel: Any, value: Any = value) -> Any:
+        def energy(x: Any, kernel: Any) -> Any:
             return jnp.sum(value(x, kernel).astype(jnp.float32) ** 2)
 
-        def plain(x: Any, kernel: Any, dilation: int = dilation) -> Any:
+        def plain(x: Any, kernel: Any) -> Any:
             value = jax.lax.conv_general_dilated(
                 x,
                 kernel,
@@ -198,13 +212,15 @@ def _convolutions(batch: int, size: tuple[int, int], dtype: Any, peak: float, re
             )
             return jnp.sum(value.astype(jnp.float32) ** 2)
 
-        rows = {
+        return {
             f"dilation {dilation}, value": candidate(value, x, kernel),
             "… and gradient of the input": candidate(jax.grad(energy, 0), x, kernel),
             "… and gradient of the kernel": candidate(jax.grad(energy, 1), x, kernel),
             "… the same by XLA alone": candidate(jax.grad(plain, 1), x, kernel),
         }
-        timings = take_turns(rows, repeats)
+
+    for rows in side_by_side(programs, options.dilations):
+        timings = take_turns(rows, options.repeats)
         for count, (name, timing) in zip((1, 2, 2, 2), timings.items(), strict=True):
             share = count * flops / timing.median / peak
             print(f"{name:<32} {1e3 * timing.median:8.1f} ms  {share:5.0%} of the peak")

@@ -2,6 +2,7 @@
 
 import argparse
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.timing import Candidate, machine, table, take_turns
+from benchmarks.timing import Candidate, machine, side_by_side, table, take_turns
 from csc_jax import config as config_lib
 from csc_jax import config_checks, experiment, sharding
 from csc_jax.train_step import compile_step
@@ -25,15 +26,14 @@ def run() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     print(machine())
-    programs, forwards = {}, {}
-    for method in options.methods:
-        built = build(options.config, method, options.classes, options.dtype)
-        programs[method] = step_of(built)
-        forwards[method] = _forward(built)
+    built = [
+        build(options.config, each, options.classes, options.dtype) for each in options.methods
+    ]
+    steps = dict(zip(options.methods, steps_of(built), strict=True))
     print(f"\nTrain step of {options.config}, L_c in force, batch on the device:")
-    print(table(take_turns(programs, options.repeats)))
+    print(table(take_turns(steps, options.repeats)))
     print("\nInference, as the compiler counts it:")
-    for method, (flops, size) in forwards.items():
+    for method, (flops, size) in zip(options.methods, side_by_side(_forward, built), strict=True):
         print(f"{method:<14} {flops / 1e9:10.3f} GFLOP  {size / 2**20:8.1f} MiB moved")
 
 
@@ -59,11 +59,21 @@ def build(path: Path, method: str, classes: int, dtype: str | None) -> experimen
     return experiment.build(config_lib.resolve(config, steps_per_epoch=100), names, palette)
 
 
-def step_of(built: experiment.Experiment) -> Candidate:
-    """Returns the compiled step, fed with its own state and one random batch."""
+def steps_of(built: Sequence[experiment.Experiment]) -> list[Candidate]:
+    """Returns the compiled step of each, fed with its own state and one random batch."""
+    return list(map(_step, built, side_by_side(_compile, built)))
+
+
+def _compile(built: experiment.Experiment) -> tuple[Any, Any]:
+    """The state before the first step, and the step."""
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch(built))
+    step = compile_step(built.method, built.tx, built.mesh)
+    return built.compile_init()(), step.lower(built.abstract_state(), batch).compile()
+
+
+def _step(built: experiment.Experiment, compiled: tuple[Any, Any]) -> Candidate:
     batch = sharding.shard_batch(random_batch(built), built.mesh)
-    state = built.compile_init()()
-    program = compile_step(built.method, built.tx, built.mesh).lower(state, batch).compile()
+    state, program = compiled
     memory = program.memory_analysis()
     for _ in range(3):  # fills the bank, so that L_c is what is timed
         state, metrics = program(state, batch)
