@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from csc_jax import contrast, data
@@ -28,7 +29,8 @@ class Probe:
         method = experiment.method
 
         def features(student: Network, images: jax.Array) -> jax.Array | None:
-            return method.task.eval_forward(student, images, projection=True).projection
+            projection = method.task.eval_forward(student, images, projection=True).projection
+            return None if projection is None else projection.astype(jnp.float32)
 
         # Replicated, so that each of several processes can read them.
         whole = replicated(experiment.mesh)

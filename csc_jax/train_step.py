@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -21,7 +22,10 @@ Metrics = dict[str, Array]
 
 
 def init_state(
-    method: Method, tx: optax.GradientTransformation, seed: int, pretrained: dict[str, Any]
+    method: Method,
+    tx: optax.GradientTransformation,
+    seed: Array | int,
+    pretrained: dict[str, Any],
 ) -> TrainState:
     """Returns the state before step 0; student and teacher start equal, in buffers of their own.
 
@@ -50,15 +54,19 @@ def init_state(
 
 
 def train_step(
-    method: Method, tx: optax.GradientTransformation, state: TrainState, batch: Batch
+    method: Method,
+    tx: optax.GradientTransformation,
+    seed: Array | int,
+    state: TrainState,
+    batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """Returns the next state and metrics, each () float32.
 
-    Every random choice is a function of (config.seed, state.step), so a resumed run repeats it.
+    Every random choice is a function of (seed, state.step), so a resumed run repeats it.
     Where the loss or a gradient is not finite, nothing is learnt from the batch: all but `step` and
     `rejected` stays bit for bit as it was.
     """
-    key = jax.random.fold_in(jax.random.key(method.task.config.seed), state.step)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
     loss_key, update_key = jax.random.split(key)
     grad = jax.value_and_grad(method.loss, has_aux=True)
     (loss, outputs), gradients = grad(state.trained, state, batch, loss_key)
@@ -96,22 +104,32 @@ def compile_init(
     """Returns the jitted `init_state`: one program, so that no two leaves share a buffer."""
     arrays = pretrained or {}
 
-    def init(arrays: dict[str, Any]) -> TrainState:
-        return init_state(method, tx, method.task.config.seed, arrays)
+    def init(seed: Array, arrays: dict[str, Any]) -> TrainState:
+        return init_state(method, tx, seed, arrays)
 
     # The arrays are an argument, as they would be constants of the program otherwise.
-    places = state_sharding(jax.eval_shape(init, arrays), mesh)
-    return partial(jax.jit(init, out_shardings=places), arrays)
+    seed = _seed(method)
+    places = state_sharding(jax.eval_shape(init, seed, arrays), mesh)
+    return partial(jax.jit(init, out_shardings=places), seed, arrays)
 
 
 def compile_step(
     method: Method, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the jitted step: batch split over the mesh, state as `state_sharding`, donated."""
+    """Returns the jitted step: batch split over the mesh, state as `state_sharding`, donated.
+
+    The seed is its first argument, given already, so that runs which differ by it alone find each
+    other's program in the compilation cache.
+    """
     state = state_sharding(jax.eval_shape(compile_init(method, tx, mesh)), mesh)
-    return jax.jit(
-        lambda state, batch: train_step(method, tx, state, batch),
-        in_shardings=(state, batch_sharding(mesh)),
+    step = jax.jit(
+        partial(train_step, method, tx),
+        in_shardings=(replicated(mesh), state, batch_sharding(mesh)),
         out_shardings=(state, replicated(mesh)),
-        donate_argnums=0,
+        donate_argnums=1,
     )
+    return partial(step, _seed(method))
+
+
+def _seed(method: Method) -> np.ndarray:
+    return np.asarray(method.task.config.seed, np.uint32)

@@ -72,7 +72,9 @@ def test_bfloat16_computes_with_float32_parameters_and_outputs(tiny, variables, 
     asked = jax.eval_shape(lambda: models.initialize(network, jax.random.key(0)))
     out, updates = jax.eval_shape(train, variables)
     inside = updates.pop("intermediates")
-    assert {x.dtype.name for x in jax.tree.leaves((asked, out, updates))} == {"float32"}
+    assert out.projection.dtype == jnp.bfloat16
+    rest = asked, out._replace(projection=None), updates
+    assert {x.dtype.name for x in jax.tree.leaves(rest)} == {"float32"}
     assert {x.dtype.name for x in jax.tree.leaves(inside)} == {"bfloat16"}
 
 
@@ -166,7 +168,9 @@ def test_training_mode(tiny, variables, image):
 
     found = {"/".join(path): np.abs(g).max() for path, g in flatten_dict(gradients).items()}
     assert all(np.isfinite(largest) for largest in found.values())
-    assert not [path for path, largest in found.items() if largest == 0]
+    # All but the biases before batch normalisation, which takes them out.
+    without = {path for path, largest in found.items() if largest == 0}
+    assert without == {p for p in found if p.endswith("conv/bias")}
 
 
 @pytest.mark.parametrize("output_stride", [8, 32])
@@ -262,6 +266,56 @@ def test_remat_has_the_same_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
     jax.tree.map(close, gradient(True), gradient(False))
+
+
+def test_a_projection_head_computed_twice_has_the_same_gradient(tiny, variables, image):
+    once, twice = (tiny.clone(remat_projection=r, dropout=0.0) for r in (False, True))
+
+    def loss(network, params):
+        out, updates = network.apply(
+            {**variables, "params": params},
+            image,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+        return jnp.mean(out.projection**2) + jnp.mean(out.logits**2), updates
+
+    def gradient(network):
+        return jax.jit(jax.grad(partial(loss, network), has_aux=True))
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+    params = variables["params"]
+    jax.tree.map(close, gradient(once)(params), gradient(twice)(params))
+    convolutions = [
+        gradient(network).lower(params).as_text().count("stablehlo.convolution")
+        for network in (once, twice)
+    ]
+    assert convolutions[1] > convolutions[0]
+    assert tiny.remat_projection is None  # on a CPU as `once`
+    assert gradient(tiny.clone(dropout=0.0)).lower(params).as_text() == (
+        gradient(once).lower(params).as_text()
+    )
+
+
+def test_a_bias_has_no_gradient_where_normalisation_takes_it_out(tiny, variables, image):
+    def loss(params, train):
+        out = tiny.clone(dropout=0.0).apply(
+            {**variables, "params": params},
+            image,
+            train=train,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )[0]
+        return jnp.mean(out.logits**2)
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    for train in (True, False):
+        gradient = grad(variables["params"], train)["classifier"]
+        assert jnp.any(gradient["conv1"]["conv"]["bias"]) == (not train)
+        assert jnp.any(gradient["out"]["bias"])
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,10 @@ class Harness:
         self.init = compile_init(self.method, self.tx, self.mesh)
         self.step = compile_step(self.method, self.tx, self.mesh)
 
+    def lower(self) -> jax.stages.Lowered:
+        """Returns the step's program, not compiled."""
+        return self.step.func.lower(*self.step.args, jax.eval_shape(self.init), self.batch(0))
+
     def batch(self, seed: int) -> dict[str, dict[str, jax.Array]]:
         """Returns learnable pictures: the class of a 8x8 px block is its grey level."""
         rng = np.random.default_rng(seed)

@@ -34,8 +34,8 @@ Batch = dict[str, dict[str, Array]]
 class Pixels(struct.PyTreeNode):
     """What a contrastive module on top of a method needs, at stride 4; labelled images first."""
 
-    features: Array  # (B, h, w, D) float32, the student's projection, not normalised
-    bank_features: Array  # (B, h, w, D) float32, without gradient; what may enter the bank
+    features: Array  # (B, h, w, D) in the compute dtype, the student's projection, not normalised
+    bank_features: Array  # (B, h, w, D) likewise, without gradient; what may enter the bank
     labels: Array  # (B, h, w) int32, ground truth or pseudo-label, 255 = neither
     predictions: Array  # (B, h, w) int32, the student's
 

@@ -10,7 +10,7 @@ Tables I to IV:
     + CSCM (all of CSC)  the defaults
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,14 @@ from csc_jax.methods.cutmix_mean_teacher import CutMixMeanTeacher
 from csc_jax.state import Network, TrainState
 
 BankUpdate = tuple[contrast.MemoryBank, dict[str, Array]]
+
+
+class _Drawn(NamedTuple):
+    """Pixels drawn from every image; features (B, C, slots, D) as the networks gave them."""
+
+    queries: contrast.Samples  # the student's; V slots
+    means: contrast.Samples  # the queries' own pixels, in the features that may enter the bank
+    new: contrast.Samples  # what is to be enqueued; U_f slots
 
 
 class CSC(Method):
@@ -64,11 +72,13 @@ class CSC(Method):
         base_key, sample_key = jax.random.split(key)
         total, outputs = self.base.loss(params, state, batch, base_key)
         assert outputs.pixels is not None  # the base was built `with_pixels`
-        order, queries = self._sample(sample_key, outputs.pixels)
-        loss_c = self._contrastive_loss(state, queries)
+        drawn = self._sample(sample_key, outputs.pixels)
+        loss_c = self._contrastive_loss(state, drawn.queries)
         total = total + self.task.config.contrast.weight * loss_c
-        carry = {"base": outputs.carry, "order": order, "queries": jax.lax.stop_gradient(queries)}
-        return total, outputs.replace(metrics=outputs.metrics | {"loss_c": loss_c}, carry=carry)
+        # What the bank is to see and no map, which would have to outlive the backward pass.
+        carry = {"base": outputs.carry, "drawn": jax.lax.stop_gradient(drawn)}
+        metrics = outputs.metrics | {"loss_c": loss_c}
+        return total, outputs.replace(metrics=metrics, pixels=None, carry=carry)
 
     def pseudo_labels(self, key: Array, state: TrainState, images: Array) -> Array | None:
         return self.base.pseudo_labels(key, state, images)
@@ -76,15 +86,11 @@ class CSC(Method):
     def update(
         self, state: TrainState, outputs: LossOutputs, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        base_key, enqueue_key = jax.random.split(key)
         base_outputs = outputs.replace(carry=outputs.carry["base"])
-        state, metrics = self.base.update(state, base_outputs, base_key)
+        state, metrics = self.base.update(state, base_outputs, key)
         if state.bank is None:
             return state, metrics
-        assert outputs.pixels is not None
-        bank, bank_metrics = self._update_bank(
-            enqueue_key, state, outputs.pixels, outputs.carry["order"], outputs.carry["queries"]
-        )
+        bank, bank_metrics = self._update_bank(state, outputs.carry["drawn"])
         bank_metrics["bank_fill"] = contrast.bank_fill(bank)
         return state.replace(bank=bank), metrics | bank_metrics
 
@@ -97,19 +103,27 @@ class CSC(Method):
                 f"classes 0 to {self.task.num_classes - 1}. Leave it out of the list."
             )
 
-    def _sample(self, key: Array, pixels: Pixels) -> tuple[contrast.ClassOrder, contrast.Samples]:
-        """Sorts each image's pixels and draws the queries (B, C, V), not normalised."""
-        views = self.task.config.contrast.views_per_class
+    def _sample(self, key: Array, pixels: Pixels) -> "_Drawn":
+        """Sorts each image's pixels and draws all that is needed of them."""
+        config = self.task.config.contrast
 
         def draw(
-            key: Array, features: Array, labels: Array, predictions: Array
-        ) -> tuple[contrast.ClassOrder, contrast.Samples]:
-            order = contrast.order_by_class(key, labels, predictions, self.task.num_classes)
-            return order, contrast.gather(features, *contrast.take_semi_hard(order, views))
+            key: Array, features: Array, bank_features: Array, labels: Array, predictions: Array
+        ) -> _Drawn:
+            order_key, enqueue_key = jax.random.split(key)
+            order = contrast.order_by_class(order_key, labels, predictions, self.task.num_classes)
+            semi_hard = contrast.take_semi_hard(order, config.views_per_class)
+            random = contrast.take_random(enqueue_key, order, config.pixels_per_class)
+            return _Drawn(
+                queries=contrast.gather(features, *semi_hard),
+                means=contrast.gather(bank_features, *semi_hard),
+                new=contrast.gather(bank_features, *random),
+            )
 
         return jax.vmap(draw)(
             jax.random.split(key, pixels.features.shape[0]),
             _flat(pixels.features),
+            _flat(pixels.bank_features),
             _flat(pixels.labels),
             _flat(pixels.predictions),
         )
@@ -152,36 +166,21 @@ class CSC(Method):
         config = self.task.config.contrast
         return contrast.bank_ready(bank, min_fill=config.min_fill, absent=config.absent_classes)
 
-    def _update_bank(
-        self,
-        key: Array,
-        state: TrainState,
-        pixels: Pixels,
-        order: contrast.ClassOrder,
-        queries: contrast.Samples,
-    ) -> BankUpdate:
+    def _update_bank(self, state: TrainState, drawn: "_Drawn") -> BankUpdate:
         """Runs the gated update, in the steps in which one is due."""
         config = self.task.config.contrast
-
-        def draw(key: Array, order: contrast.ClassOrder, features: Array) -> contrast.Samples:
-            indices = contrast.take_random(key, order, config.pixels_per_class)
-            return contrast.gather(features, *indices)
+        of_means = drawn.means
 
         def update(bank: contrast.MemoryBank) -> BankUpdate:
-            features = _flat(pixels.bank_features)
-            images = features.shape[0]
-            new = jax.vmap(draw)(jax.random.split(key, images), order, features)
-            # The queries' own pixels, from the features that are to enter the bank.
-            indices = queries.indices.reshape(images, -1)  # (B, C V)
-            sampled = jnp.take_along_axis(features, indices[..., None], axis=1)
-            labels = jnp.broadcast_to(_class_ids(queries.valid), queries.valid.shape)
+            images, dim = of_means.features.shape[0], of_means.features.shape[-1]
+            labels = jnp.broadcast_to(_class_ids(of_means.valid), of_means.valid.shape)
             return contrast.update_memory_bank(
                 bank,
-                contrast.normalize(sampled),
+                contrast.normalize(of_means.features.reshape(images, -1, dim)),  # (B, C V, D)
                 labels.reshape(images, -1),
-                queries.valid.reshape(images, -1),
-                new.features,
-                new.valid,
+                of_means.valid.reshape(images, -1),
+                drawn.new.features,
+                drawn.new.valid,
                 consistency=config.consistency,
                 class_mean=config.class_mean,
                 consistency_gate=config.consistency_gate,

@@ -271,9 +271,10 @@ def enqueue(queues: Queues, features: Array, chosen: Array, sizes: list[int]) ->
 
 
 def _flat(outputs: Outputs) -> Array:
-    """(N, D) features of a batch."""
+    """(N, D) float32 features of a batch."""
     assert outputs.projection is not None
-    return outputs.projection.reshape(-1, outputs.projection.shape[-1])
+    features = outputs.projection.astype(jnp.float32)
+    return features.reshape(-1, features.shape[-1])
 
 
 def _unit(x: Array) -> Array:

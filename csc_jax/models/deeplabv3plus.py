@@ -15,12 +15,16 @@ from csc_jax.models.resize import resize_aligned
 
 
 class Outputs(NamedTuple):
-    """Results of the network, all float32; (h, w) is the size of the stride-4 feature map."""
+    """Results of the network; (h, w) is the size of the stride-4 feature map."""
 
-    logits: jax.Array  # (B, h, w, C)
-    projection: jax.Array | None  # (B, h, w, D), not normalised; None where not asked for
-    aux: jax.Array | None  # (B, h', w', C) at the stride of `middle`; None without that head
-    encoded: jax.Array  # (B, h'', w'', decoder_width) at the output stride: what the decoder gets
+    logits: jax.Array  # (B, h, w, C) float32
+    # (B, h, w, D) in the compute dtype, not normalised, since few pixels of it are ever looked at;
+    # None where not asked for.
+    projection: jax.Array | None
+    # (B, h', w', C) float32 at the stride of `middle`; None without that head.
+    aux: jax.Array | None
+    # (B, h'', w'', decoder_width) float32 at the output stride: what the decoder gets.
+    encoded: jax.Array
 
 
 class DeepLabV3Plus(nn.Module):
@@ -41,8 +45,11 @@ class DeepLabV3Plus(nn.Module):
     aspp_rates: tuple[int, ...] = (12, 24, 36)  # at output stride 8; see `rates_at`
     decoder_width: int = 256
     dropout: float = 0.1
-    dtype: Any = jnp.float32  # compute type; parameters, statistics and outputs are float32
+    dtype: Any = jnp.float32  # compute type; parameters and statistics are float32
     remat: bool = False  # trade time for memory: the backbone's blocks are computed twice
+    # The same for the projection head: two 3x3 convolutions more, and none of its maps is there
+    # when memory is tightest, in the loss at full size. None: unless the device is a CPU.
+    remat_projection: bool | None = None
 
     def logits_size(self, size: Any) -> Any:
         """Returns the sides of the logits of images with sides `size`, int or int array, px."""
@@ -86,28 +93,32 @@ class DeepLabV3Plus(nn.Module):
         deep = resize_aligned(deep, (low.shape[1], low.shape[2]))
         fused = jnp.concatenate([low, deep], axis=-1)  # (B, h, w, 2 decoder_width)
 
-        head = partial(Head, width=self.decoder_width, dropout=self.dropout, dtype=self.dtype)
-        aux = head(self.num_classes, depth=1, name="auxiliary") if self.aux_head else None
-        classify = head(self.num_classes, depth=2, name="classifier")
-        project = head(self.projection_dim, depth=2, name="projection") if projection else None
-        first = self._first_convolutions(fused, projection)
+        form = {"width": self.decoder_width, "dropout": self.dropout, "dtype": self.dtype}
+        aux = Head(self.num_classes, depth=1, name="auxiliary", **form) if self.aux_head else None
+        classify = Head(self.num_classes, depth=2, name="classifier", **form)
+        twice = train and self._remat_projection()
+        kind = nn.remat(Head, static_argnums=(2,)) if twice else Head
+        project = kind(self.projection_dim, depth=2, name="projection", **form)
+        first: tuple[jax.Array | None, jax.Array | None] = None, None
+        if projection and not twice and not self.is_initializing():
+            first = self._first_convolutions(fused)
         return Outputs(
-            logits=classify(fused, train, first[0]),
-            projection=project(fused, train, first[1]) if project else None,
-            aux=aux(features.middle, train) if aux else None,
+            logits=classify(fused, train, first[0]).astype(jnp.float32),
+            projection=project(fused, train, first[1]) if projection else None,
+            aux=aux(features.middle, train).astype(jnp.float32) if aux else None,
             encoded=encoded.astype(jnp.float32),
         )
 
-    def _first_convolutions(
-        self, fused: jax.Array, projection: bool
-    ) -> tuple[jax.Array | None, jax.Array | None]:
+    def _remat_projection(self) -> bool:
+        if self.remat_projection is None:
+            return jax.default_backend() != "cpu"
+        return self.remat_projection
+
+    def _first_convolutions(self, fused: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The first convolutions of classifier and projection head, (B, h, w, decoder_width) each.
 
-        As one, since they read the same map, which saves a CPU about an eighth of their time. None
-        where there is only one, or no parameters yet.
+        As one, since they read the same map, which saves a CPU about an eighth of their time.
         """
-        if not projection or self.is_initializing():
-            return None, None
         params = self.variables["params"]
         kernels = [params[name]["conv1"]["conv"]["kernel"] for name in ("classifier", "projection")]
         kernel = jnp.concatenate(kernels, axis=-1).astype(self.dtype)
@@ -137,7 +148,7 @@ class ASPP(nn.Module):
 class Head(nn.Module):
     """`depth` 3x3 convolutions with BN, ReLU and dropout, then a 1x1: (B, h, w, K) -> (B, h, w, F).
 
-    Computes in `dtype`, returns float32; F is `features`.
+    Computes in `dtype`; F is `features`.
     """
 
     features: int
@@ -149,11 +160,11 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, convolved: jax.Array | None = None) -> jax.Array:
         """`convolved`, (B, h, w, width), is taken for x with the first kernel where it is given."""
+        form = {"dtype": self.dtype, "together": True}
         for i in range(1, self.depth + 1):
-            conv = ConvNorm(self.width, use_bias=True, dtype=self.dtype, name=f"conv{i}")
+            conv = ConvNorm(self.width, use_bias=True, name=f"conv{i}", **form)
             x = _dropout(self.dropout, train)(conv(x, train, convolved if i == 1 else None))
-        out = Conv(self.features, kernel_size=1, dtype=self.dtype, name="out")
-        return out(x).astype(jnp.float32)
+        return Conv(self.features, kernel_size=1, name="out", **form)(x)
 
 
 def _dropout(rate: float, train: bool) -> nn.Dropout:

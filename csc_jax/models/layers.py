@@ -44,6 +44,21 @@ def parameter(
     return value
 
 
+@jax.custom_vjp
+def gradients_together(*arrays: Any) -> tuple[Any, ...]:
+    """Returns its arguments, arrays or None; no gradient of one goes on before all are there.
+
+    Nothing waits for the gradient of a kernel but the optimizer, so XLA may leave it for the end of
+    the step, and the maps that it is made of are kept until then: at stride 4 large ones.
+    """
+    return arrays
+
+
+gradients_together.defvjp(
+    lambda *arrays: (arrays, None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+)
+
+
 class Conv(nn.Module):
     """`convolve` with its parameters: (B, h, w, K) -> (B, h', w', features)."""
 
@@ -53,20 +68,32 @@ class Conv(nn.Module):
     dilation: int = 1
     use_bias: bool = True
     dtype: Any = jnp.float32  # compute type; parameters are float32
+    together: bool = False  # `gradients_together` of input and parameters
 
     @nn.compact
-    def __call__(self, x: jax.Array, convolved: jax.Array | None = None) -> jax.Array:
-        """`convolved`, (B, h', w', features), is taken for x with the kernel where it is given."""
+    def __call__(
+        self, x: jax.Array, convolved: jax.Array | None = None, *, learn_bias: bool = True
+    ) -> jax.Array:
+        """Returns the convolution.
+
+        Args:
+          x: (B, h, w, K).
+          convolved: (B, h', w', features), taken for `x` with the kernel where it is given.
+          learn_bias: False gives the bias a gradient of zero.
+        """
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
         kernel = kernel.astype(self.dtype)
+        bias = None
+        if self.use_bias:
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
+            bias = (bias if learn_bias else jax.lax.stop_gradient(bias)).astype(self.dtype)
+        if self.together:
+            x, kernel, bias = gradients_together(x, kernel, bias)
         y = convolved
         if y is None:
             y = convolve(x.astype(self.dtype), kernel, self.stride, self.dilation)
-        if self.use_bias:
-            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
-        return y
+        return y if bias is None else y + bias.reshape(1, 1, 1, -1)
 
 
 class BatchNorm(nn.Module):
@@ -113,10 +140,13 @@ class ConvNorm(nn.Module):
     relu: bool = True
     use_bias: bool = False  # without effect on the output, but lineage checkpoints hold some
     dtype: Any = jnp.float32
+    together: bool = False  # as in `Conv`
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool, convolved: jax.Array | None = None) -> jax.Array:
         """`convolved` as in `Conv`."""
+        # The mean takes a bias out again, so that its gradient is zero. Left to itself it would be
+        # a sum of rounding errors, for which a GPU keeps the map's gradient to the end of the step.
         x = Conv(
             self.features,
             self.kernel_size,
@@ -124,7 +154,8 @@ class ConvNorm(nn.Module):
             self.dilation,
             use_bias=self.use_bias,
             dtype=self.dtype,
+            together=self.together,
             name="conv",
-        )(x, convolved)
+        )(x, convolved, learn_bias=not train)
         x = BatchNorm(dtype=self.dtype, name="bn")(x, train)
         return nn.relu(x) if self.relu else x

@@ -32,6 +32,9 @@ def run() -> None:
     steps = dict(zip(options.methods, steps_of(built), strict=True))
     print(f"\nTrain step of {options.config}, L_c in force, batch on the device:")
     print(table(take_turns(steps, options.repeats)))
+    print("\nPeak memory as the compiler plans it, state and batch included:")
+    for method, step in steps.items():
+        print(f"{method:<20} {'-' if step.peak is None else f'{step.peak / 2**20:.0f} MiB'}")
     print("\nInference, as the compiler counts it:")
     for method, (flops, size) in zip(options.methods, side_by_side(_forward, built), strict=True):
         print(f"{method:<14} {flops / 1e9:10.3f} GFLOP  {size / 2**20:8.1f} MiB moved")
@@ -67,24 +70,28 @@ def steps_of(built: Sequence[experiment.Experiment]) -> list[Candidate]:
 def _compile(built: experiment.Experiment) -> tuple[Any, Any]:
     """The state before the first step, and the step."""
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch(built))
-    step = compile_step(built.method, built.tx, built.mesh)
-    return built.compile_init()(), step.lower(built.abstract_state(), batch).compile()
+    step = compile_step(built.method, built.tx, built.mesh)  # a partial that holds the seed
+    program = step.func.lower(*step.args, built.abstract_state(), batch).compile()
+    return built.compile_init()(), program
 
 
 def _step(built: experiment.Experiment, compiled: tuple[Any, Any]) -> Candidate:
     batch = sharding.shard_batch(random_batch(built), built.mesh)
     state, program = compiled
+    seed = np.asarray(built.config.seed, np.uint32)
     memory = program.memory_analysis()
     for _ in range(3):  # fills the bank, so that L_c is what is timed
-        state, metrics = program(state, batch)
+        state, metrics = program(seed, state, batch)
     if "ready" in metrics and not metrics["ready"]:
         raise SystemExit("The memory bank is not ready after three steps: L_p would be timed.")
     holder = [state]
 
     def call() -> None:
-        holder[0], _ = jax.block_until_ready(program(holder[0], batch))
+        holder[0], _ = jax.block_until_ready(program(seed, holder[0], batch))
 
-    return Candidate(call, None if memory is None else memory.temp_size_in_bytes)
+    if memory is None:
+        return Candidate(call)
+    return Candidate(call, memory.temp_size_in_bytes, memory.peak_memory_in_bytes)
 
 
 def random_batch(built: experiment.Experiment) -> dict[str, dict[str, np.ndarray]]:

@@ -22,6 +22,7 @@ class Candidate:
 
     call: Callable[[], Any]  # runs it once and returns when it is done
     temporaries: int | None = None  # bytes beside arguments and results, as the compiler plans them
+    peak: int | None = None  # bytes at the worst moment, arguments and results included, likewise
 
 
 @dataclasses.dataclass
