@@ -56,6 +56,14 @@ def own_log() -> Iterator[None]:
     log.handlers[:], log.level, log.propagate = before
 
 
+@pytest.fixture(scope="module", params=["cpu", "gpu"])
+def loops_of(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a module's tests twice: with the loops of the paper's module for a CPU and for a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("csc_jax.contrast.loops.on_gpu", lambda: request.param == "gpu")
+        yield request.param
+
+
 @pytest.fixture(scope="session")
 def mesh1() -> jax.sharding.Mesh:
     """A mesh of one device."""

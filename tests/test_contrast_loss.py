@@ -12,6 +12,7 @@ from csc_jax import contrast
 from csc_jax.contrast import streaming
 
 KEY = jax.random.key(0)
+pytestmark = pytest.mark.usefixtures("loops_of")
 LOSSES = {
     "mean_batch": (False, None),
     "mean_bank": (True, None),

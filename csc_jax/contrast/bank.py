@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from csc_jax.contrast import loops
 from csc_jax.contrast.normalize import normalize
 
 
@@ -75,7 +76,10 @@ def apply_change(bank: MemoryBank, change: Change) -> MemoryBank:
         entries, data = jax.tree.map(lambda x: x[c], (features, change.data))
         return features.at[c].set(change.entries(entries, data))
 
-    features = jax.lax.fori_loop(0, bank.features.shape[0], one_class, bank.features)
+    if loops.all_at_once((bank.features, change.data)):
+        features = jax.vmap(change.entries)(bank.features, change.data)
+    else:  # in place
+        features = jax.lax.fori_loop(0, bank.features.shape[0], one_class, bank.features)
     return bank._replace(features=features, count=change.count, cursor=change.cursor)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from csc_jax.contrast import loops
 from csc_jax.contrast.bank import MemoryBank
 from csc_jax.contrast.streaming import (
     NONE,
@@ -103,12 +104,14 @@ def _value_and_gradient(
     batch = Queries(queries / temperature, labels, jnp.arange(n, dtype=jnp.int32))
     own = Keys(queries, labels, jnp.zeros((), jnp.int32))
     stored = None if bank is None else flat_bank(bank)
-    negatives = _negatives(batch, own, stored, want_gradient)
-    log_sum = negatives.log_sum
     if top_n is None:
+        negatives = _negatives(batch, own, stored, want_gradient)
+        log_sum = negatives.log_sum
         positives = _all_positives(batch, own, bank, log_sum, want_gradient)
     else:
-        positives = _nearest_positives(batch, own, bank, log_sum, top_n)
+        negatives, nearest = _negatives_and_nearest(batch, own, bank, top_n, want_gradient)
+        log_sum = negatives.log_sum
+        positives = _nearest_positives(batch, bank, log_sum, nearest)
     counted = (labels >= 0) & (positives.number > 0)
     # (n,): one over (queries that count x positives of this one); float32, as the product of two
     # counts may be beyond int32.
@@ -172,30 +175,39 @@ class _Negatives(NamedTuple):
     bank_mean: Array  # (n, D), those of the bank, weighted by the softmax over all negatives
 
 
-def _negatives(batch: Queries, own: Keys, stored: Keys | None, want_gradient: bool) -> _Negatives:
-    """Streams all keys through a running log-sum-exp, as flash attention does."""
-    Carry = tuple[Array, Array, Array]  # (n,), (n,), (n, D), the last one of width 0 if not needed
+_LogSum = tuple[Array, Array, Array]  # (n,) peak, (n,) total, (n, D or 0) sum: a running softmax
 
-    def step(carry: Carry, keys: Keys) -> Carry:
-        peak, total, mean = carry
-        similarity, negative = batch.similarity(keys), batch.negative(keys)
-        new_peak = jnp.maximum(peak, jnp.max(jnp.where(negative, similarity, NONE), axis=1))
-        share = jnp.where(negative, jnp.exp(similarity - new_peak[:, None]), 0.0)  # (n, K)
-        shrink = jnp.exp(peak - new_peak)
-        total = shrink * total + jnp.sum(share, axis=1)
-        if mean.shape[1]:
-            mean = shrink[:, None] * mean + matmul(share, keys.features)
-        return new_peak, total, mean
 
-    n, dim = batch.scaled.shape
-    nothing = jnp.full((n,), NONE), jnp.zeros((n,)), jnp.zeros((n, 0))
-    peak, total, mean = fold(step, nothing, own, n)
-    mean = jnp.zeros((n, dim if want_gradient else 0))
-    if stored is not None:
-        peak, total, mean = fold(step, (peak, total, mean), stored, n)
+def _no_negatives(n: int, dim: int) -> _LogSum:
+    return jnp.full((n,), NONE), jnp.zeros((n,)), jnp.zeros((n, dim))
+
+
+def _add_negatives(batch: Queries, log_sum: _LogSum, keys: Keys) -> _LogSum:
+    """One block of a running log-sum-exp, as in flash attention; the sum of keys if D > 0."""
+    peak, total, mean = log_sum
+    similarity, negative = batch.similarity(keys), batch.negative(keys)
+    new_peak = jnp.maximum(peak, jnp.max(jnp.where(negative, similarity, NONE), axis=1))
+    share = jnp.where(negative, jnp.exp(similarity - new_peak[:, None]), 0.0)  # (n, K)
+    shrink = jnp.exp(peak - new_peak)
+    total = shrink * total + jnp.sum(share, axis=1)
+    if mean.shape[1]:
+        mean = shrink[:, None] * mean + matmul(share, keys.features)
+    return new_peak, total, mean
+
+
+def _all_negatives(log_sum: _LogSum) -> _Negatives:
+    peak, total, mean = log_sum
     floor = jnp.where(total > 0, total, 1.0)
-    log_sum = jnp.where(total > 0, peak + jnp.log(floor), NONE)
-    return _Negatives(log_sum, mean / floor[:, None])
+    return _Negatives(jnp.where(total > 0, peak + jnp.log(floor), NONE), mean / floor[:, None])
+
+
+def _negatives(batch: Queries, own: Keys, stored: Keys | None, want_gradient: bool) -> _Negatives:
+    """Streams all keys by, those of the mini-batch first."""
+    n, dim = batch.scaled.shape
+    add = functools.partial(_add_negatives, batch)
+    peak, total, _ = fold(add, _no_negatives(n, 0), own, n)
+    log_sum = peak, total, jnp.zeros((n, dim if want_gradient else 0))
+    return _all_negatives(log_sum if stored is None else fold(add, log_sum, stored, n))
 
 
 class _Positives(NamedTuple):
@@ -246,30 +258,63 @@ def _all_positives(
     return _Positives(*sums)
 
 
-def _nearest_positives(
-    batch: Queries, own: Keys, bank: MemoryBank | None, log_sum: Array, top_n: int
-) -> _Positives:
-    """The `top_n` most similar positives are selected (Eq. 6b)."""
-    Nearest = tuple[Array, Array]  # similarity, descending, and place among all keys, (n, N) each
+_Nearest = tuple[Array, Array]  # similarity, descending, and place among all keys, (n, N) each
 
-    def merge(nearest: Nearest, similarity: Array, places: Array, chosen: Array) -> Nearest:
-        candidates = jnp.where(chosen, similarity, NONE)
-        new = top(candidates, jnp.broadcast_to(places[None, :], candidates.shape), top_n)
-        values, places = (jnp.concatenate(pair, axis=1) for pair in zip(nearest, new, strict=True))
-        return top(values, places, top_n)
 
-    def add_mini_batch(nearest: Nearest, keys: Keys) -> Nearest:
-        return merge(nearest, batch.similarity(keys), keys.places, batch.other_positive(keys))
+def _no_nearest(n: int, top_n: int) -> _Nearest:
+    return jnp.full((n, top_n), NONE), jnp.full((n, top_n), -1, jnp.int32)
 
-    def add_bank(nearest: Nearest, rows: Queries, keys: Keys) -> Nearest:
+
+def _add_nearest(nearest: _Nearest, similarity: Array, places: Array, chosen: Array) -> _Nearest:
+    """Keeps the N most similar of those so far and the `chosen` of a block."""
+    top_n = nearest[0].shape[1]
+    candidates = jnp.where(chosen, similarity, NONE)
+    new = top(candidates, jnp.broadcast_to(places[None, :], candidates.shape), top_n)
+    values, places = (jnp.concatenate(pair, axis=1) for pair in zip(nearest, new, strict=True))
+    return top(values, places, top_n)
+
+
+def _negatives_and_nearest(
+    batch: Queries, own: Keys, bank: MemoryBank | None, top_n: int, want_gradient: bool
+) -> tuple[_Negatives, _Nearest]:
+    """Returns the negatives and the `top_n` most similar positives (Eq. 6b).
+
+    In one sweep where `fold_own_class` would be one over all keys as well.
+    """
+    n, dim = batch.scaled.shape
+
+    def add_mini_batch(nearest: _Nearest, keys: Keys) -> _Nearest:
+        chosen = batch.other_positive(keys)
+        return _add_nearest(nearest, batch.similarity(keys), keys.places, chosen)
+
+    def add_bank(nearest: _Nearest, rows: Queries, keys: Keys) -> _Nearest:
         # The bank's places follow those of the mini-batch.
-        return merge(nearest, rows.similarity(keys), n + keys.places, rows.positive(keys))
+        chosen = rows.positive(keys)
+        return _add_nearest(nearest, rows.similarity(keys), n + keys.places, chosen)
 
-    n = batch.labels.shape[0]
-    nearest = jnp.full((n, top_n), NONE), jnp.full((n, top_n), -1, jnp.int32)
-    nearest = fold(add_mini_batch, nearest, own, n)
-    if bank is not None:
-        nearest = fold_own_class(add_bank, nearest, batch, bank)
+    nearest = fold(add_mini_batch, _no_nearest(n, top_n), own, n)
+    if bank is None or not loops.on_gpu():
+        stored = None if bank is None else flat_bank(bank)
+        negatives = _negatives(batch, own, stored, want_gradient)
+        if bank is not None:
+            nearest = fold_own_class(add_bank, nearest, batch, bank)
+        return negatives, nearest
+
+    def add_both(both: tuple[_LogSum, _Nearest], keys: Keys) -> tuple[_LogSum, _Nearest]:
+        return _add_negatives(batch, both[0], keys), add_bank(both[1], batch, keys)
+
+    add = functools.partial(_add_negatives, batch)
+    peak, total, _ = fold(add, _no_negatives(n, 0), own, n)
+    log_sum = peak, total, jnp.zeros((n, dim if want_gradient else 0))
+    log_sum, nearest = fold(add_both, (log_sum, nearest), flat_bank(bank), n)
+    return _all_negatives(log_sum), nearest
+
+
+def _nearest_positives(
+    batch: Queries, bank: MemoryBank | None, log_sum: Array, nearest: _Nearest
+) -> _Positives:
+    """The nearest ones are selected (Eq. 6b)."""
+    n, top_n = nearest[0].shape
     similarity, places = nearest
     selected = similarity > NONE / 2
     loss, sigma = _terms(similarity, log_sum, selected)
@@ -278,8 +323,8 @@ def _nearest_positives(
         features, in_bank = flat_bank(bank).features, selected & (places >= n)
         share, entry = jnp.where(in_bank, sigma, 0.0), jnp.where(in_bank, places - n, 0)
         # One of the N at a time: (n, D) at once, not (n, N, D).
-        bank_sum = jax.lax.fori_loop(
-            0, top_n, lambda i, total: total + share[:, i, None] * features[entry[:, i]], bank_sum
+        bank_sum = loops.repeat(
+            top_n, lambda i, total: total + share[:, i, None] * features[entry[:, i]], bank_sum
         )
     return _Positives(
         number=jnp.sum(selected, axis=1, dtype=jnp.int32),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from csc_jax.contrast import loops
 from csc_jax.contrast.bank import Change, MemoryBank
 from csc_jax.contrast.normalize import normalize
 
@@ -27,7 +28,9 @@ def class_means(bank: MemoryBank, change: Change | None = None) -> Array:
         total = jnp.sum(jnp.where(occupied[:, None], entries, 0.0), axis=0)
         return normalize(total / jnp.maximum(count, 1).astype(jnp.float32))
 
-    return jax.lax.map(mean, (bank.features, count, () if change is None else change.data))
+    data = () if change is None else change.data
+    means: Array = loops.each_class(mean, (bank.features, count, data))
+    return means
 
 
 def separation(bank: MemoryBank, change: Change | None = None) -> Array:

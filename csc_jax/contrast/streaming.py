@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from csc_jax.contrast import loops
 from csc_jax.contrast.bank import MemoryBank
 
 # Stands for "no such key" in a maximum or a log-sum-exp: finite, so that no inf - inf arises.
@@ -93,8 +94,7 @@ def flat_bank(bank: MemoryBank) -> Keys:
 
 
 def _block_elements() -> int:
-    # What is traced for one platform runs on another as well, with blocks that suit it less.
-    return _BLOCK_ELEMENTS_GPU if jax.default_backend() == "gpu" else _BLOCK_ELEMENTS
+    return _BLOCK_ELEMENTS_GPU if loops.on_gpu() else _BLOCK_ELEMENTS
 
 
 def fold(step: Callable[[Any, Keys], Any], carry: Any, keys: Keys, rows: int) -> Any:
@@ -104,7 +104,8 @@ def fold(step: Callable[[Any, Keys], Any], carry: Any, keys: Keys, rows: int) ->
     blocks = -(-total // largest)
     size = -(-total // blocks)  # blocks alike, so that the last one repeats next to nothing
 
-    def body(i: Array, carry: Any) -> Any:
+    def body(i: Array, carry_and_keys: tuple[Any, Keys]) -> tuple[Any, Keys]:
+        carry, keys = carry_and_keys
         # The last block is moved back to fit, and what the one before it had is masked out: no
         # padded copy of all keys.
         start = jnp.minimum(i * size, total - size)
@@ -114,9 +115,10 @@ def fold(step: Callable[[Any, Keys], Any], carry: Any, keys: Keys, rows: int) ->
             (keys.features, keys.labels, keys.extra),
         )
         labels = jnp.where(is_new, labels, -1)
-        return step(carry, Keys(features, labels, keys.start + start, extra))
+        return step(carry, Keys(features, labels, keys.start + start, extra)), keys
 
-    return jax.lax.fori_loop(0, blocks, body, carry)
+    # The keys as well, so that no block is read before its turn.
+    return loops.repeat(blocks, body, (carry, keys))[0]
 
 
 def fold_own_class(
@@ -125,7 +127,8 @@ def fold_own_class(
     """Runs `carry = step(carry, rows, keys)` for each query over its own class of the bank alone.
 
     The queries are sorted by class, so that a tile of them spans few classes: n x S work instead of
-    n x C x S. Invalid ones come last and are left out.
+    n x C x S. Invalid ones come last and are left out. How many classes a tile spans is not known
+    to the compiler, so that a GPU would have to ask the host: it takes the n x C x S.
 
     Args:
       step: takes a tile of `carry` and `rows` and one class of the bank; it meets rows of other
@@ -137,6 +140,8 @@ def fold_own_class(
     num_classes, size, _ = bank.features.shape
     labels = jax.tree.leaves(rows, is_leaf=lambda x: isinstance(x, Queries))[0].labels
     n = labels.shape[0]
+    if loops.on_gpu():
+        return fold(lambda carry, keys: step(carry, rows, keys), carry, flat_bank(bank), n)
     tile = min(n, max(1, _block_elements() // size), _TILE)
     order = jnp.argsort(jnp.where(labels >= 0, labels, num_classes))
     # Filled up to whole tiles with invalid rows.
@@ -171,5 +176,10 @@ def fold_own_class(
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """Product in full float32, where accelerators would round the factors to fewer bits."""
+    """Product in full float32, where accelerators would round the factors to fewer bits.
+
+    Tensor cores take three products of rounded factors for that, which differ in the last bits.
+    """
+    if loops.has_tf32():
+        return jnp.matmul(a, b, precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

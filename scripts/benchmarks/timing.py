@@ -20,9 +20,10 @@ _PAGE = 4096  # bytes, of the counts in statm
 class Candidate:
     """One row of a table."""
 
-    call: Callable[[], Any]  # runs it once and returns when it is done
+    call: Callable[[], Any]  # runs it `times` times and returns when that is done
     temporaries: int | None = None  # bytes beside arguments and results, as the compiler plans them
     peak: int | None = None  # bytes at the worst moment, arguments and results included, likewise
+    times: int = 1
 
 
 @dataclasses.dataclass
@@ -70,7 +71,7 @@ def take_turns(candidates: Mapping[str, Candidate], repeats: int) -> dict[str, T
             with _PeakMemory() as memory:
                 started = time.perf_counter()
                 entry.call()
-                seconds = time.perf_counter() - started
+                seconds = (time.perf_counter() - started) / entry.times
             if round_:
                 timings[name].seconds.append(seconds)
                 timings[name].rss_growth = max(memory.growth, timings[name].rss_growth)
