@@ -61,7 +61,9 @@ def loops_of(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a module's tests twice: with the loops of the paper's module for a CPU and for a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("csc_jax.contrast.loops.on_gpu", lambda: request.param == "gpu")
+        jax.clear_caches()  # or what was traced for the one device would be taken for the other
         yield request.param
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

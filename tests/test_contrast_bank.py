@@ -315,3 +315,16 @@ def test_update_needs_no_second_bank(monkeypatch):
     program = jax.jit(contrast.update_memory_bank, donate_argnums=0).lower(bank, *arguments)
     beside = program.compile().memory_analysis().temp_size_in_bytes
     assert beside < bank.features.nbytes / 4, beside
+
+
+def test_only_a_cpu_gets_loops(loops_of):
+    bank = random_bank(0, [6, 8, 7], 8, 4)
+    program = jax.jit(contrast.update_memory_bank).lower(
+        bank,
+        jnp.ones((2, 5, 4)),
+        jnp.ones((2, 5), jnp.int32),
+        jnp.ones((2, 5), bool),
+        jnp.ones((2, 3, 2, 4)),
+        jnp.ones((2, 3, 2), bool),
+    )
+    assert ("stablehlo.while" in program.as_text()) == (loops_of == "cpu")

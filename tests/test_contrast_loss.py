@@ -219,3 +219,18 @@ def test_bad_arguments_fail_at_trace_time(arguments, message):
         contrast.contrastive_loss(
             jnp.ones((2, 4)), jnp.zeros(2, int), jnp.ones(2, bool), **arguments
         )
+
+
+@pytest.mark.parametrize("top_n", [None, 1, 2])
+def test_only_a_cpu_gets_loops(loops_of, monkeypatch, top_n):
+    """A GPU would ask the host after each turn, and before each `cond` around a loop."""
+    monkeypatch.setattr(streaming, "_BLOCK_KEYS", 8)
+    queries, labels = jnp.ones((16, 4)), jnp.arange(16) % 3
+
+    def loss(queries):
+        return contrast.contrastive_loss(
+            queries, labels, labels < 2, random_bank(0, [6, 8, 7], 8, 4), top_n=top_n
+        )
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(queries).as_text()
+    assert ("stablehlo.while" in program) == (loops_of == "cpu")
