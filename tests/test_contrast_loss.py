@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from csc_jax import contrast
-from csc_jax.contrast import streaming
+from csc_jax.contrast import loops, streaming
 
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("loops_of")
@@ -234,3 +234,15 @@ def test_only_a_cpu_gets_loops(loops_of, monkeypatch, top_n):
 
     program = jax.jit(jax.value_and_grad(loss)).lower(queries).as_text()
     assert ("stablehlo.while" in program) == (loops_of == "cpu")
+
+
+def test_products_on_tensor_cores(monkeypatch):
+    a, b = (jax.random.normal(jax.random.key(i), (8, 8)) for i in range(2))
+    expected = np.float64(a) @ np.float64(b)
+    for tensor_cores in (False, True):
+        monkeypatch.setattr(loops, "has_tf32", lambda on=tensor_cores: on)
+        traced = jax.jit(lambda a, b: streaming.matmul(a, b)).trace(a, b)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert ("tf32" in program) == tensor_cores
+        # Other platforms know no such products.
+        np.testing.assert_allclose(traced.lower().compile()(a, b), expected, atol=1e-5)

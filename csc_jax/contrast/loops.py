@@ -22,8 +22,10 @@ def on_gpu() -> bool:
 
 def has_tf32() -> bool:
     """Whether to trace for a GPU with tensor cores for float32 factors: NVIDIA's since Ampere."""
+    if not on_gpu():
+        return False
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "9.0"; ROCm: "gfx942"
-    return on_gpu() and capability[:1].isdigit() and float(capability) >= 8.0
+    return capability[:1].isdigit() and float(capability) >= 8.0
 
 
 def repeat(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:

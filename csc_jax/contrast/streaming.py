@@ -4,6 +4,7 @@ Names: n queries of width D; C classes of S bank entries; K keys of a block; N c
 The similarity of a query and a key is their inner product over the temperature.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from csc_jax.contrast.bank import MemoryBank
 NONE = -1e30
 # Elements of the largest temporary, 8 MB: small beside any feature map, large enough that the
 # matrix products of a CPU keep their speed. A GPU spends its time on starting kernels then: with
-# 32 MB loss and gradient took 9.7 ms in place of 13.0 on an H100 (19 x 2,000 entries of width 256,
-# 4,864 queries).
+# 32 MB loss and gradient took 9.7 ms in place of 13.0 on an H100, as loops (19 x 2,000 entries of
+# width 256, 4,864 queries).
 _BLOCK_ELEMENTS = 2**21
 _BLOCK_ELEMENTS_GPU = 2**23
 _BLOCK_KEYS = 4096  # with few queries a block would grow beyond its use
@@ -180,6 +181,9 @@ def matmul(a: Array, b: Array) -> Array:
 
     Tensor cores take three products of rounded factors for that, which differ in the last bits.
     """
-    if loops.has_tf32():
-        return jnp.matmul(a, b, precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    full = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    if not loops.has_tf32():
+        return full(a, b)
+    thrice = functools.partial(jnp.matmul, precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
+    product: Array = jax.lax.platform_dependent(a, b, cuda=thrice, default=full)
+    return product

@@ -10,12 +10,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.timing import Candidate, machine, side_by_side, table, take_turns
+from benchmarks.timing import Candidate, in_a_row, machine, side_by_side, table, take_turns
 from csc_jax import config as config_lib
 from csc_jax import config_checks, experiment, sharding
 from csc_jax.train_step import compile_step
-
-_STEPS = 10  # timed together off the CPU
 
 
 def run() -> None:
@@ -87,11 +85,9 @@ def _step(built: experiment.Experiment, compiled: tuple[Any, Any]) -> Candidate:
     if "ready" in metrics and not metrics["ready"]:
         raise SystemExit("The memory bank is not ready after three steps: L_p would be timed.")
     holder = [state]
-    on_cpu = jax.default_backend() == "cpu"
-    together = 1 if on_cpu else _STEPS
+    together = in_a_row()
 
     def call() -> None:
-        # As in training, where the host waits for a step only once the next one is dispatched.
         for _ in range(together):
             holder[0], metrics = program(seed, holder[0], batch)
         jax.block_until_ready(metrics)
@@ -99,7 +95,7 @@ def _step(built: experiment.Experiment, compiled: tuple[Any, Any]) -> Candidate:
     if memory is None:
         return Candidate(call, times=together)
     # A CPU's plan does not tell the peak.
-    peak = None if on_cpu else memory.peak_memory_in_bytes
+    peak = None if jax.default_backend() == "cpu" else memory.peak_memory_in_bytes
     return Candidate(call, memory.temp_size_in_bytes, peak, together)
 
 
