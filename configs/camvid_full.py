@@ -2,9 +2,9 @@
 
 Command:    pip install -e '.[efficientnet]'
             python -m csc_jax.main --config=configs/camvid_full.py --config.data.root=DIR --workdir=W
-Hardware:   one H100
-Run time:   not measured yet
-Expected:   not measured yet
+Hardware:   one GPU
+Run time:   not measured; supervised made 38 steps a second on an H100, once XLA had compiled it
+Expected:   not measured
 """
 
 import runpy

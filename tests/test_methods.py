@@ -151,6 +151,23 @@ def test_csc_on_top_of_the_baseline_is_csc():
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 
+def test_no_feature_map_outlives_the_loss_of_csc():
+    """It would take part of the memory of the whole backward pass."""
+    harness = Harness(toy_config(method__name="csc"))
+    state = jax.eval_shape(harness.init)
+    _, outputs = jax.eval_shape(
+        harness.method.loss, state.trained, state, harness.batch(0), jax.random.key(0)
+    )
+    assert outputs.pixels is None
+    config, (height, width) = harness.config, harness.config.data.crop_size
+    pixels, dim = (height // 4) * (width // 4), config.model.projection_dim
+    shapes = [x.shape for x in jax.tree.leaves(outputs.carry["drawn"])]
+    slots = {config.contrast.views_per_class, config.contrast.pixels_per_class}
+    assert {shape[2] for shape in shapes} == slots
+    assert pixels not in {size for shape in shapes for size in shape}
+    assert dim in {shape[-1] for shape in shapes}
+
+
 def test_csc_on_top_of_itself_is_refused():
     with pytest.raises(UserError, match=r"on top of method\.name, which is csc already"):
         Harness(tiny_config(method__contrast="csc"))

@@ -80,6 +80,19 @@ def test_the_same_seed_repeats_the_run(csc_run):
         np.testing.assert_array_equal(a, b)
 
 
+def test_runs_of_other_seeds_share_their_programs():
+    """In the compilation cache; and yet no two of them make the same choices."""
+    one, other = (Harness(tiny_config(seed=seed)) for seed in (0, 1))
+    assert one.lower().as_text() == other.lower().as_text()
+    inits = [harness.init.func.lower(*harness.init.args).as_text() for harness in (one, other)]
+    assert inits[0] == inits[1]
+    states = [harness.init() for harness in (one, other)]
+    kernels = [jax.device_get(s.student.params["classifier"]["out"]["kernel"]) for s in states]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
+    losses = [h.step(one.init(), one.batch(0))[1]["loss"] for h in (one, other)]
+    assert losses[0] != losses[1]  # same state and images, other dropout and CutMix
+
+
 LOWER = """
 import hashlib, jax
 from tiny import Harness, tiny_config
