@@ -10,8 +10,9 @@ import pytest
 from csc_jax import models
 from csc_jax.models import convolution
 from csc_jax.models.convolution import convolve
+from csc_jax.models.deeplabv3plus import Head
 from csc_jax.models.depthwise import _by_xla, convolve_depthwise
-from csc_jax.models.layers import BatchNorm, ConvNorm
+from csc_jax.models.layers import BatchNorm, Conv, ConvNorm
 from csc_jax.models.resnet import _max_pool
 
 
@@ -351,3 +352,26 @@ def test_resize_keeps_equal_sizes_and_dtypes():
     np.testing.assert_array_equal(models.resize_aligned(x, (4, 5)), x)
     for dtype in (jnp.bfloat16, jnp.float16):
         assert models.resize_aligned(x.astype(dtype), (7, 9)).dtype == dtype
+
+
+def test_gradients_of_a_head_wait_for_each_other():
+    """Or XLA leaves those of the kernels for last, and keeps the maps that they are made of."""
+    x = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
+    variables = Conv(4).init(jax.random.key(1), x)
+
+    def gradient(together):
+        def energy(variables, x):
+            return jnp.sum(Conv(4, together=together).apply(variables, x) ** 2)
+
+        return jax.jit(jax.grad(energy, (0, 1)))
+
+    apart, together = (gradient(t) for t in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, apart(variables, x), together(variables, x))
+    assert "optimization_barrier" not in apart.lower(variables, x).as_text()
+    assert "optimization_barrier" in together.lower(variables, x).as_text()
+
+    head = Head(3, width=4, depth=2, dropout=0.0, dtype=jnp.float32)
+    variables = head.init(jax.random.key(1), x, False)
+    energy = jax.grad(lambda v: jnp.sum(head.apply(v, x, False) ** 2))
+    # One for each of its three convolutions.
+    assert jax.jit(energy).lower(variables).as_text().count("optimization_barrier") == 3
