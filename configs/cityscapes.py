@@ -2,8 +2,9 @@
 
 Command:    python -m csc_jax.main --config=configs/cityscapes.py --config.data.root=DIR --workdir=W
             DIR holds leftImg8bit/ and gtFine/.
-Hardware:   one GPU with 80 GB, or several with fewer; not run yet by this project.
-Run time:   not measured yet.
+Hardware:   one GPU or several; in bfloat16 a step needs 7.3 GiB of its memory, as planned for an
+            H100. Not trained yet by this project.
+Run time:   68 ms a step on one H100 with model.dtype=bfloat16, images on the device (README)
 Expected:   the paper has a teacher mIoU of 75.64 at 1/8, 372 labelled images (Table VIII), from a
             ResNet-101 pretrained on ImageNet. Without pretrained weights it will be well below.
 """
