@@ -1,5 +1,7 @@
 """The contrastive loss against recorded numbers and a slow version in NumPy."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -246,3 +248,12 @@ def test_products_on_tensor_cores(monkeypatch):
         assert ("tf32" in program) == tensor_cores
         # Other platforms know no such products.
         np.testing.assert_allclose(traced.lower().compile()(a, b), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)]
+)
+def test_which_gpus_have_tensor_cores_for_float32(loops_of, monkeypatch, capability, expected):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert loops.has_tf32() == (expected and loops_of == "gpu")

@@ -178,10 +178,6 @@ class _Negatives(NamedTuple):
 _LogSum = tuple[Array, Array, Array]  # (n,) peak, (n,) total, (n, D or 0) sum: a running softmax
 
 
-def _no_negatives(n: int, dim: int) -> _LogSum:
-    return jnp.full((n,), NONE), jnp.zeros((n,)), jnp.zeros((n, dim))
-
-
 def _add_negatives(batch: Queries, log_sum: _LogSum, keys: Keys) -> _LogSum:
     """One block of a running log-sum-exp, as in flash attention; the sum of keys if D > 0."""
     peak, total, mean = log_sum
@@ -201,13 +197,21 @@ def _all_negatives(log_sum: _LogSum) -> _Negatives:
     return _Negatives(jnp.where(total > 0, peak + jnp.log(floor), NONE), mean / floor[:, None])
 
 
+def _mini_batch_negatives(batch: Queries, own: Keys, want_gradient: bool) -> _LogSum:
+    """Those of the mini-batch; the sum is of keys in the bank alone, so still zero."""
+    n, dim = batch.scaled.shape
+    none = jnp.full((n,), NONE), jnp.zeros((n,)), jnp.zeros((n, 0))
+    peak, total, _ = fold(functools.partial(_add_negatives, batch), none, own, n)
+    return peak, total, jnp.zeros((n, dim if want_gradient else 0))
+
+
 def _negatives(batch: Queries, own: Keys, stored: Keys | None, want_gradient: bool) -> _Negatives:
     """Streams all keys by, those of the mini-batch first."""
-    n, dim = batch.scaled.shape
-    add = functools.partial(_add_negatives, batch)
-    peak, total, _ = fold(add, _no_negatives(n, 0), own, n)
-    log_sum = peak, total, jnp.zeros((n, dim if want_gradient else 0))
-    return _all_negatives(log_sum if stored is None else fold(add, log_sum, stored, n))
+    log_sum = _mini_batch_negatives(batch, own, want_gradient)
+    if stored is not None:
+        add = functools.partial(_add_negatives, batch)
+        log_sum = fold(add, log_sum, stored, batch.labels.shape[0])
+    return _all_negatives(log_sum)
 
 
 class _Positives(NamedTuple):
@@ -281,7 +285,7 @@ def _negatives_and_nearest(
 
     In one sweep where `fold_own_class` would be one over all keys as well.
     """
-    n, dim = batch.scaled.shape
+    n = batch.labels.shape[0]
 
     def add_mini_batch(nearest: _Nearest, keys: Keys) -> _Nearest:
         chosen = batch.other_positive(keys)
@@ -303,9 +307,7 @@ def _negatives_and_nearest(
     def add_both(both: tuple[_LogSum, _Nearest], keys: Keys) -> tuple[_LogSum, _Nearest]:
         return _add_negatives(batch, both[0], keys), add_bank(both[1], batch, keys)
 
-    add = functools.partial(_add_negatives, batch)
-    peak, total, _ = fold(add, _no_negatives(n, 0), own, n)
-    log_sum = peak, total, jnp.zeros((n, dim if want_gradient else 0))
+    log_sum = _mini_batch_negatives(batch, own, want_gradient)
     log_sum, nearest = fold(add_both, (log_sum, nearest), flat_bank(bank), n)
     return _all_negatives(log_sum), nearest
 
