@@ -23,7 +23,7 @@ from csc_jax.lock import lock
 from csc_jax.probe import Probe
 from csc_jax.sharding import shard_batch
 from csc_jax.state import TrainState
-from csc_jax.train_step import compile_step
+from csc_jax.train_step import compile_ahead, compile_step
 from csc_jax.writers import MetricWriter, Progress, read_metrics
 
 log = logging.getLogger("csc_jax")
@@ -73,15 +73,21 @@ def _train(
 ) -> Scores:
     config, total = experiment.config, experiment.config.train.steps
     run = describe(experiment)
+    abstract_state = experiment.abstract_state()
     restored = checkpointer.restore(
-        experiment.abstract_state(), check=lambda stored: _check_resumed(stored, config)
+        abstract_state, check=lambda stored: _check_resumed(stored, config)
     )
+    pretrained = {} if restored else experiment.load_pretrained()
+    start = 0 if restored is None else int(restored.state.step)
+    # After all that a user may have to repair: a compiler cannot be stopped.
+    step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh)
+    if start < total and not config.debug.nans:  # which runs the step operation by operation
+        step_fn = compile_ahead(step_fn, abstract_state, data.abstract_batch(config))
     if restored is None:
-        state = experiment.compile_init(experiment.load_pretrained())()
+        state = experiment.compile_init(pretrained)()
     else:
         state = restored.state
         iterator.set_state(restored.loop["iterator"])
-    start = int(state.step)
     distributed.first_only(lambda: _write_what_is_run(run, partition, workdir))
     log.info(
         "%s on %s: %d labelled, %d unlabelled, %d %s images, %d classes, %s; step %d of %d in %s",
@@ -98,7 +104,6 @@ def _train(
         workdir,
     )
 
-    step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh)
     probe = Probe(experiment, val)
     if restored is not None:
         probe.resume(restored.probe)

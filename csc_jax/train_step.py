@@ -1,8 +1,9 @@
 """One optimizer step: a pure function of (state, batch), the same for every method."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from csc_jax.sharding import batch_sharding, replicated, state_sharding
 from csc_jax.state import Network, TrainState, copy_network
 
 Metrics = dict[str, Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+AbstractBatch = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
 
 def init_state(
@@ -113,13 +116,11 @@ def compile_init(
     return partial(jax.jit(init, out_shardings=places), seed, arrays)
 
 
-def compile_step(
-    method: Method, tx: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def compile_step(method: Method, tx: optax.GradientTransformation, mesh: Mesh) -> Step:
     """Returns the jitted step: batch split over the mesh, state as `state_sharding`, donated.
 
-    The seed is its first argument, given already, so that runs which differ by it alone find each
-    other's program in the compilation cache.
+    It is a `partial`: the seed is its first argument, given already, so that runs which differ by
+    it alone find each other's program in the compilation cache.
     """
     state = state_sharding(jax.eval_shape(compile_init(method, tx, mesh)), mesh)
     step = jax.jit(
@@ -129,6 +130,25 @@ def compile_step(
         donate_argnums=1,
     )
     return partial(step, _seed(method))
+
+
+def compile_ahead(step: Step, state: TrainState, batch: AbstractBatch) -> Step:
+    """Returns the same step, compiled in a thread while the caller goes on.
+
+    It is traced before this returns: that is Python's work, as the caller's own will be. The
+    compiler, or the reading of its cache, is not, and the first step waits for it.
+
+    Args:
+      step: of `compile_step`.
+      state: shapes and shardings, as of `Experiment.abstract_state`.
+      batch: shapes of the whole batch, as of `data.abstract_batch`. Others are a TypeError later.
+    """
+    jitted = cast(partial[Any], step)
+    lowered = cast(jax.stages.Wrapped, jitted.func).lower(*jitted.args, state, batch)
+    thread = ThreadPoolExecutor(1, "compile")
+    program = thread.submit(lowered.compile)
+    thread.shutdown(wait=False)  # ends once it is done
+    return lambda state, batch: program.result()(*jitted.args, state, batch)
 
 
 def _seed(method: Method) -> np.ndarray:

@@ -163,6 +163,13 @@ def test_batches_have_fixed_shapes(loaded):
             assert (image.dtype, label.dtype, inside.dtype) == (np.uint8, np.uint8, bool)
 
 
+def test_the_shapes_of_a_batch_are_known_without_it(loaded):
+    config = changed(loaded[0], crop_size=(16, 24))
+    batch = next(data.train_iterator(config, *loaded[1:]))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    assert data.abstract_batch(config) == shapes
+
+
 def test_padding_is_the_mean_of_the_config(loaded):
     config = changed(loaded[0], crop_size=(24, 32), scale_range=(0.5, 1.0))
     padded = [b["labeled"] for b in take(data.train_iterator(config, *loaded[1:]), 20)]

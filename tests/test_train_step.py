@@ -12,12 +12,14 @@ import pytest
 from tiny import CLASSES, Harness, tiny_config
 from toy_network import toy_harness
 
-from csc_jax import contrast
+from csc_jax import contrast, sharding
+from csc_jax.data import abstract_batch
 from csc_jax.evaluation import Scores, confusion_matrix
 from csc_jax.methods.shared import teacher_decay
 from csc_jax.models import resize_aligned
 from csc_jax.optimizer import make_optimizer, polynomial_decay
 from csc_jax.state import Network, update_ema
+from csc_jax.train_step import compile_ahead
 
 
 def run(config, steps):
@@ -258,3 +260,32 @@ def test_the_rate_is_finite_beyond_the_last_step():
         rate = jax.jit(polynomial_decay(0.1, 0.9, steps))
         last = 0.1 * (1 / steps) ** 0.9
         np.testing.assert_allclose([rate(steps - 1), rate(steps), rate(steps + 1)], last, rtol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_step_compiled_ahead_is_the_step(devices):
+    harness = Harness(tiny_config(method__name="supervised"), devices)
+    places = sharding.state_sharding(jax.eval_shape(harness.init), harness.mesh)
+    abstract_state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(harness.init),
+        places,
+    )
+    ahead = compile_ahead(harness.step, abstract_state, abstract_batch(harness.config))
+    results = []
+    for step in (harness.step, ahead):
+        state = harness.init()
+        for i in range(2):
+            state, metrics = step(state, harness.batch(i))
+        results.append(jax.device_get((state, metrics)))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_a_step_compiled_ahead_takes_no_other_batch():
+    harness = Harness(tiny_config(method__name="supervised"))
+    ahead = compile_ahead(
+        harness.step, jax.eval_shape(harness.init), abstract_batch(harness.config)
+    )
+    small = jax.tree.map(lambda x: x[:1], harness.batch(0))
+    with pytest.raises(TypeError, match="labeled"):
+        ahead(harness.init(), small)

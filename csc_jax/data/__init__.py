@@ -15,6 +15,7 @@ from csc_jax.data.example import Listing
 from csc_jax.data.partition import Partition, partition, write_partition
 from csc_jax.data.pipeline import (
     TrainIterator,
+    abstract_batch,
     check_crop,
     eval_batches,
     steps_per_epoch,
@@ -28,6 +29,7 @@ __all__ = [
     "Partition",
     "Source",
     "TrainIterator",
+    "abstract_batch",
     "check_crop",
     "cpu_count",
     "eval_batches",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -146,6 +147,19 @@ def train_iterator(
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.data.workers))
     return TrainIterator(iter(batches), source.ids, config.data.max_unreadable)
+
+
+def abstract_batch(config: ConfigDict) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns the shapes of a batch of `train_iterator`, of all processes together."""
+    size = tuple(config.data.crop_size)
+    maps = {"image": ((*size, 3), np.uint8), "label": (size, np.uint8), "inside": (size, np.bool_)}
+    return {
+        half: {
+            name: jax.ShapeDtypeStruct((config.batch[half], *shape), dtype)
+            for name, (shape, dtype) in maps.items()
+        }
+        for half in ("labeled", "unlabeled")
+    }
 
 
 def weak_augmentation(config: ConfigDict) -> WeakAugmentation:
