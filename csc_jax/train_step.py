@@ -128,6 +128,7 @@ def compile_step(method: Method, tx: optax.GradientTransformation, mesh: Mesh) -
         in_shardings=(replicated(mesh), state, batch_sharding(mesh)),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=1,
+        compiler_options=_compiler_options(mesh),
     )
     return partial(step, _seed(method))
 
@@ -149,6 +150,21 @@ def compile_ahead(step: Step, state: TrainState, batch: AbstractBatch) -> Step:
     program = thread.submit(lowered.compile)
     thread.shutdown(wait=False)  # ends once it is done
     return lambda state, batch: program.result()(*jitted.args, state, batch)
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, str]:
+    """Returns XLA's options for the step, {} but on a CPU."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return {}
+    # XLA may hand reductions, products and convolutions to a library of kernels, and by default
+    # does with all. A program with many of those takes long to come back from the compilation
+    # cache, where reductions alone are as fast in the step (docs/scaling.md).
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    try:
+        jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # an XLA that has no such option
+        return {}
+    return options
 
 
 def _seed(method: Method) -> np.ndarray:

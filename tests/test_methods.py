@@ -103,7 +103,8 @@ def test_fsdp_splits_networks_and_optimizer_and_no_bank():
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "csc"])
 def test_the_module_goes_on_top(method):
     built = Harness(toy_config(method__name=method, method__contrast="csc"))
-    state, metrics = jax.eval_shape(built.step, jax.eval_shape(built.init), built.batch(0))
+    step = built.step.func.eval_shape
+    state, metrics = step(*built.step.args, jax.eval_shape(built.init), built.batch(0))
     assert state.bank.features.shape == (4, 6, 8)  # C, S, D
     assert "projection" in state.student.params
     assert {"loss_c", "separation", "bank_fill"} <= metrics.keys()
