@@ -61,5 +61,6 @@ def test_a_method_is_one_file_one_line_and_one_test(tmp_path, monkeypatch):
     exec(compile(test, "add_a_method.md (test)", "exec"), variables)
     variables["test_entropy_falls"]()
     on_top = Harness(tiny_config(method__name="entropy_minimization", method__contrast="csc"))
-    state = jax.eval_shape(on_top.step, jax.eval_shape(on_top.init), on_top.batch(0))[0]
+    step = on_top.step.func.eval_shape
+    state, _ = step(*on_top.step.args, jax.eval_shape(on_top.init), on_top.batch(0))
     assert state.bank is not None
