@@ -1,19 +1,20 @@
 """PNGs for people: panels of predictions, overlays, and one sheet of training curves.
 
 Drawn with Matplotlib's Figure objects on the Agg canvas: no display, no pyplot, no global state.
+Matplotlib is imported with the first picture, as a run has none to draw before its first step.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cv2
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DPI = 100
 _INK = "#222222"
@@ -200,7 +201,7 @@ def save_lines(
     for i, (name, (steps, values)) in enumerate(series.items()):
         axes.plot(steps, values, color=_LINES[i % len(_LINES)], linewidth=1.8, label=name)
     axes.set_xlabel("step", fontsize=9, color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _limit_ticks(axes, 6)
     _style(axes, title)
     _save(figure, path)
 
@@ -228,7 +229,14 @@ def save_bars(
     _save(figure, path)
 
 
-def _style(axes: Axes, title: str) -> None:
+def _limit_ticks(axes: "Axes", most: int) -> None:
+    """Sets at most `most` + 1 ticks on the x axis, at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True))
+
+
+def _style(axes: "Axes", title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=_INK)
     axes.tick_params(labelsize=8, colors=_INK, length=0)
     axes.grid(color=_GRID, linewidth=0.6)
@@ -237,7 +245,7 @@ def _style(axes: Axes, title: str) -> None:
     axes.legend(fontsize=8, frameon=True, framealpha=0.8, edgecolor="none", labelcolor=_INK)
 
 
-def _draw_chart(axes: Axes, chart: _Chart, records: Sequence[Mapping[str, Any]]) -> None:
+def _draw_chart(axes: "Axes", chart: _Chart, records: Sequence[Mapping[str, Any]]) -> None:
     for (key, name), color in zip(chart.series.items(), _LINES, strict=False):
         points = [(r["step"], r[key] * chart.factor) for r in records if r.get(key) is not None]
         if not points:
@@ -253,8 +261,8 @@ def _draw_chart(axes: Axes, chart: _Chart, records: Sequence[Mapping[str, Any]])
     axes.set_xlim(0, max(record["step"] for record in records) * 1.02)  # the same on all charts
     axes.set_xlabel("step", fontsize=8, color=_INK)
     axes.set_ylabel(chart.unit, fontsize=8, color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _limit_ticks(axes, 5)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if chart.share:
         axes.set_ylim(-3, 103)
     _style(axes, chart.title)
@@ -288,17 +296,21 @@ def _as_drawn(picture: np.ndarray, palette: np.ndarray, least_width: int) -> np.
     return picture if picture.ndim == 3 else colorize(picture, palette)
 
 
-def _figure(width: int, height: int) -> Figure:
+def _figure(width: int, height: int) -> "Figure":
     """A white figure of `width` x `height` px."""
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
 
 
-def _write(figure: Figure, x: int, y: int, text: str, **style: Any) -> None:
+def _write(figure: "Figure", x: int, y: int, text: str, **style: Any) -> None:
     """Writes `text` vertically centred on (x, y) px from the lower left corner."""
     width, height = figure.bbox.size
     figure.text(x / width, y / height, text, va="center", color=_INK, **style)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
