@@ -23,6 +23,11 @@ Metrics = dict[str, Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 AbstractBatch = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
+# XLA may hand reductions, products and convolutions to a library of kernels, and by default does
+# with all. A program with many of those takes long to come back from the compilation cache, and
+# reductions alone make the step as fast (docs/scaling.md, "Before the first step").
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
 
 def init_state(
     method: Method,
@@ -156,15 +161,11 @@ def _compiler_options(mesh: Mesh) -> dict[str, str]:
     """Returns XLA's options for the step, {} but on a CPU."""
     if mesh.devices.flat[0].platform != "cpu":
         return {}
-    # XLA may hand reductions, products and convolutions to a library of kernels, and by default
-    # does with all. A program with many of those takes long to come back from the compilation
-    # cache, where reductions alone are as fast in the step (docs/scaling.md).
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     try:
-        jax.jit(lambda: jnp.zeros(()), compiler_options=options).lower().compile()
+        jax.jit(lambda: jnp.zeros(()), compiler_options=_CPU_OPTIONS).lower().compile()
     except jax.errors.JaxRuntimeError:  # an XLA that has no such option
         return {}
-    return options
+    return _CPU_OPTIONS
 
 
 def _seed(method: Method) -> np.ndarray:
