@@ -263,7 +263,8 @@ def test_remat_has_the_same_gradient():
         return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
 
     def close(a, b):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+        # Of a kernel whose largest element is 1; how sums are rounded depends on the processor.
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
     jax.tree.map(close, gradient(True), gradient(False))
 
