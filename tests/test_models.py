@@ -260,11 +260,11 @@ def test_remat_has_the_same_gradient():
             )
             return jnp.mean(features.deep**2), updates
 
-        return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+        # Operation by operation: compiled as one, the two are fused, and so rounded, differently.
+        return jax.grad(loss, has_aux=True)(variables["params"])
 
     def close(a, b):
-        # Of a kernel whose largest element is 1; how sums are rounded depends on the processor.
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
     jax.tree.map(close, gradient(True), gradient(False))
 
