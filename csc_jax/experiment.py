@@ -14,7 +14,7 @@ from csc_jax import config_checks, data, evaluation, methods, models, sharding
 from csc_jax.models.weights import load_pretrained
 from csc_jax.optimizer import combine
 from csc_jax.state import Network, TrainState
-from csc_jax.train_step import compile_init
+from csc_jax.train_step import abstract_state, compile_init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,7 @@ class Experiment:
 
     def abstract_state(self) -> TrainState:
         """Returns the state's shapes and shardings, to restore a checkpoint into."""
-        state = jax.eval_shape(self.compile_init())
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            state,
-            sharding.state_sharding(state, self.mesh),
-        )
+        return abstract_state(self.method, self.tx, self.mesh)
 
     def predict_image(self, network: Network, image: np.ndarray) -> np.ndarray:
         """Returns the class ids, (H, W) uint8, of one image (H, W, 3) uint8 RGB.

@@ -104,7 +104,7 @@ def log_to_terminal() -> None:
 def run() -> None:
     """Entry point of the `csc-jax` command."""
     # Tracing makes millions of objects that stay: looking through them for garbage again and again
-    # took a sixth of the time to the first step.
+    # took 15% of the time to the first step (docs/scaling.md).
     gc.set_threshold(100_000, 50, 100)
     status = main(sys.argv)
     if status in (UserError.exit_status, Diverged.exit_status):

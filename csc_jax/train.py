@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
 from csc_jax import config_checks, data, distributed, visualize
-from csc_jax.checkpoint import Checkpointer
+from csc_jax.checkpoint import Checkpointer, Restored
 from csc_jax.errors import Diverged, Interrupted, UserError
 from csc_jax.evaluation import Scores
 from csc_jax.experiment import Experiment, build, load_data
@@ -23,7 +23,7 @@ from csc_jax.lock import lock
 from csc_jax.probe import Probe
 from csc_jax.sharding import shard_batch
 from csc_jax.state import TrainState
-from csc_jax.train_step import compile_ahead, compile_step
+from csc_jax.train_step import Step, compile_ahead, compile_step
 from csc_jax.writers import MetricWriter, Progress, read_metrics
 
 log = logging.getLogger("csc_jax")
@@ -73,21 +73,8 @@ def _train(
 ) -> Scores:
     config, total = experiment.config, experiment.config.train.steps
     run = describe(experiment)
-    abstract_state = experiment.abstract_state()
-    restored = checkpointer.restore(
-        abstract_state, check=lambda stored: _check_resumed(stored, config)
-    )
-    pretrained = {} if restored else experiment.load_pretrained()
-    start = 0 if restored is None else int(restored.state.step)
-    # After all that a user may have to repair: a compiler cannot be stopped.
-    step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh)
-    if start < total and not config.debug.nans:  # which runs the step operation by operation
-        step_fn = compile_ahead(step_fn, abstract_state, data.abstract_batch(config))
-    if restored is None:
-        state = experiment.compile_init(pretrained)()
-    else:
-        state = restored.state
-        iterator.set_state(restored.loop["iterator"])
+    state, step_fn, restored = _prepare(experiment, checkpointer, iterator)
+    start = int(state.step)
     distributed.first_only(lambda: _write_what_is_run(run, partition, workdir))
     log.info(
         "%s on %s: %d labelled, %d unlabelled, %d %s images, %d classes, %s; step %d of %d in %s",
@@ -171,6 +158,32 @@ def _train(
         scores.table(experiment.class_names),
     )
     return scores
+
+
+def _prepare(
+    experiment: Experiment, checkpointer: Checkpointer, iterator: data.TrainIterator
+) -> tuple[TrainState, Step, Restored | None]:
+    """Returns the state to go on from, the step, perhaps still compiling, and what was restored.
+
+    A run that continues has its `iterator` set to where it was.
+    """
+    config = experiment.config
+    abstract_state = experiment.abstract_state()
+    restored = checkpointer.restore(
+        abstract_state, check=lambda stored: _check_resumed(stored, config)
+    )
+    start, pretrained = 0, {}
+    if restored is None:
+        pretrained = experiment.load_pretrained()
+    else:
+        start = int(restored.state.step)
+        iterator.set_state(restored.loop["iterator"])
+    # After all that a user may have to repair: a compiler cannot be stopped.
+    step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh)
+    if start < config.train.steps and not config.debug.nans:  # which runs it by operations
+        step_fn = compile_ahead(step_fn, abstract_state, data.abstract_batch(config))
+    state = experiment.compile_init(pretrained)() if restored is None else restored.state
+    return state, step_fn, restored
 
 
 def evaluate_and_draw(

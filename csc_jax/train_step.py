@@ -1,5 +1,6 @@
 """One optimizer step: a pure function of (state, batch), the same for every method."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -121,6 +122,16 @@ def compile_init(
     return partial(jax.jit(init, out_shardings=places), seed, arrays)
 
 
+def abstract_state(method: Method, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Returns the state's shapes and shardings."""
+    state = jax.eval_shape(compile_init(method, tx, mesh))
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        state_sharding(state, mesh),
+    )
+
+
 def compile_step(method: Method, tx: optax.GradientTransformation, mesh: Mesh) -> Step:
     """Returns the jitted step: batch split over the mesh, state as `state_sharding`, donated.
 
@@ -146,7 +157,7 @@ def compile_ahead(step: Step, state: TrainState, batch: AbstractBatch) -> Step:
 
     Args:
       step: of `compile_step`.
-      state: shapes and shardings, as of `Experiment.abstract_state`.
+      state: shapes and shardings, as of `abstract_state`.
       batch: shapes of the whole batch, as of `data.abstract_batch`. Others are a TypeError later.
     """
     jitted = cast(partial[Any], step)
@@ -158,8 +169,9 @@ def compile_ahead(step: Step, state: TrainState, batch: AbstractBatch) -> Step:
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Returns XLA's options for the step, {} but on a CPU."""
-    if mesh.devices.flat[0].platform != "cpu":
+    """Returns XLA's options for the step: on a CPU those that XLA_FLAGS leaves open, else {}."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if mesh.devices.flat[0].platform != "cpu" or any(name in given for name in _CPU_OPTIONS):
         return {}
     try:
         jax.jit(lambda: jnp.zeros(()), compiler_options=_CPU_OPTIONS).lower().compile()

@@ -19,7 +19,6 @@ from csc_jax.methods.shared import teacher_decay
 from csc_jax.models import resize_aligned
 from csc_jax.optimizer import make_optimizer, polynomial_decay
 from csc_jax.state import Network, update_ema
-from csc_jax.train_step import compile_ahead
 
 
 def run(config, steps):
@@ -265,13 +264,8 @@ def test_the_rate_is_finite_beyond_the_last_step():
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_step_compiled_ahead_is_the_step(devices):
     harness = Harness(tiny_config(method__name="supervised"), devices)
-    places = sharding.state_sharding(jax.eval_shape(harness.init), harness.mesh)
-    abstract_state = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(harness.init),
-        places,
-    )
-    ahead = compile_ahead(harness.step, abstract_state, abstract_batch(harness.config))
+    state = train_step.abstract_state(harness.method, harness.tx, harness.mesh)
+    ahead = train_step.compile_ahead(harness.step, state, abstract_batch(harness.config))
     results = []
     for step in (harness.step, ahead):
         state = harness.init()
@@ -283,7 +277,7 @@ def test_a_step_compiled_ahead_is_the_step(devices):
 
 def test_a_step_compiled_ahead_takes_no_other_batch():
     harness = Harness(tiny_config(method__name="supervised"))
-    ahead = compile_ahead(
+    ahead = train_step.compile_ahead(
         harness.step, jax.eval_shape(harness.init), abstract_batch(harness.config)
     )
     small = jax.tree.map(lambda x: x[:1], harness.batch(0))
@@ -304,4 +298,10 @@ def test_on_a_cpu_products_are_left_to_xla_itself():
 
 def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
     monkeypatch.setattr(train_step, "_CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
+    assert train_step._compiler_options(sharding.make_mesh(1)) == {}
+
+
+def test_options_of_the_user_come_first(monkeypatch):
+    (name,) = train_step._CPU_OPTIONS
+    monkeypatch.setenv("XLA_FLAGS", f"--{name}=LIBRARY_FUSION_TYPE_DOT")
     assert train_step._compiler_options(sharding.make_mesh(1)) == {}
