@@ -8,8 +8,16 @@ python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --ou
 docs/scaling.md has the commands for several devices, hosts and processes.
 """
 
-import difflib
+# ruff: noqa: E402 - the garbage collector is set before the imports that it would slow down.
+
 import gc
+
+# Imports and tracing make millions of objects that stay: looking through them for garbage again and
+# again took half a second of the imports and 15% of what followed up to the first step
+# (docs/scaling.md). What imports this module is a command as well.
+gc.set_threshold(100_000, 50, 100)
+
+import difflib
 import logging
 import os
 import sys
@@ -103,9 +111,6 @@ def log_to_terminal() -> None:
 
 def run() -> None:
     """Entry point of the `csc-jax` command."""
-    # Tracing makes millions of objects that stay: looking through them for garbage again and again
-    # took 15% of the time to the first step (docs/scaling.md).
-    gc.set_threshold(100_000, 50, 100)
     status = main(sys.argv)
     if status in (UserError.exit_status, Diverged.exit_status):
         # After a checkpoint that could not be written, threads of Orbax wait for ten minutes for

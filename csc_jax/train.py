@@ -179,7 +179,7 @@ def _prepare(
         start = int(restored.state.step)
         iterator.set_state(restored.loop["iterator"])
     # After all that a user may have to repair: a compiler cannot be stopped.
-    step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh)
+    step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh, abstract_state)
     if start < config.train.steps and not config.debug.nans:  # which runs it by operations
         step_fn = compile_ahead(step_fn, abstract_state, data.abstract_batch(config))
     state = experiment.compile_init(pretrained)() if restored is None else restored.state

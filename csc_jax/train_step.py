@@ -79,7 +79,7 @@ def train_step(
     loss_key, update_key = jax.random.split(key)
     grad = jax.value_and_grad(method.loss, has_aux=True)
     (loss, outputs), gradients = grad(state.trained, state, batch, loss_key)
-    norm = optax.tree.norm(gradients)  # not finite if any gradient is not
+    norm = _norm(gradients)  # not finite if any gradient is not
 
     @jax.jit  # so that `eval_shape` below and `cond` share one trace
     def learn(state: TrainState) -> tuple[TrainState, Metrics]:
@@ -102,6 +102,18 @@ def train_step(
     metrics["rejected"] = new_state.rejected.astype(jnp.float32)
     metrics |= outputs.metrics | update_metrics
     return new_state.replace(step=state.step + 1), metrics
+
+
+def _norm(tree: Any) -> Array:
+    """Returns the Euclidean norm of all arrays together, ().
+
+    Vectors are put together first: a ResNet-101 has 240 of them, and each would be a program of its
+    own to compile, read back and start.
+    """
+    leaves = jax.tree.leaves(tree)
+    vectors = [x for x in leaves if x.ndim == 1]
+    rest = [x for x in leaves if x.ndim != 1]
+    return optax.tree.norm([jnp.concatenate(vectors), *rest] if vectors else rest)
 
 
 def compile_init(
@@ -132,17 +144,25 @@ def abstract_state(method: Method, tx: optax.GradientTransformation, mesh: Mesh)
     )
 
 
-def compile_step(method: Method, tx: optax.GradientTransformation, mesh: Mesh) -> Step:
-    """Returns the jitted step: batch split over the mesh, state as `state_sharding`, donated.
+def compile_step(
+    method: Method, tx: optax.GradientTransformation, mesh: Mesh, state: TrainState
+) -> Step:
+    """Returns the jitted step: batch split over the mesh, state as `state` has it, donated.
 
     It is a `partial`: the seed is its first argument, given already, so that runs which differ by
     it alone find each other's program in the compilation cache.
+
+    Args:
+      method: what is trained, and how.
+      tx: the optimizer of all its networks.
+      mesh: devices to compile for.
+      state: shardings, as of `abstract_state`, or a state itself.
     """
-    state = state_sharding(jax.eval_shape(compile_init(method, tx, mesh)), mesh)
+    places = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
         partial(train_step, method, tx),
-        in_shardings=(replicated(mesh), state, batch_sharding(mesh)),
-        out_shardings=(state, replicated(mesh)),
+        in_shardings=(replicated(mesh), places, batch_sharding(mesh)),
+        out_shardings=(places, replicated(mesh)),
         donate_argnums=1,
         compiler_options=_compiler_options(mesh),
     )

@@ -261,6 +261,20 @@ def test_the_rate_is_finite_beyond_the_last_step():
         np.testing.assert_allclose([rate(steps - 1), rate(steps), rate(steps + 1)], last, rtol=1e-4)
 
 
+def test_the_norm_is_that_of_all_arrays_together():
+    rng = np.random.default_rng(0)
+    shapes = {"scalar": (), "scale": (3,), "bias": (5,), "kernel": (2, 3, 4)}
+    tree = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    together = np.concatenate([x.ravel() for x in tree.values()])
+    np.testing.assert_allclose(train_step._norm(tree), np.linalg.norm(together), rtol=1e-6)
+    kernels = {"kernel": tree["kernel"]}
+    np.testing.assert_allclose(
+        train_step._norm(kernels), np.linalg.norm(tree["kernel"].ravel()), rtol=1e-6
+    )
+    for name in shapes:
+        assert np.isnan(train_step._norm(tree | {name: np.full(shapes[name], np.nan, np.float32)}))
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_step_compiled_ahead_is_the_step(devices):
     harness = Harness(tiny_config(method__name="supervised"), devices)

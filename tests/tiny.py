@@ -11,7 +11,7 @@ from csc_jax import config as config_lib
 from csc_jax import config_checks, methods, models, sharding
 from csc_jax.models.resnet import DEPTHS, BasicBlock
 from csc_jax.optimizer import combine
-from csc_jax.train_step import compile_init, compile_step
+from csc_jax.train_step import abstract_state, compile_init, compile_step
 
 CLASSES = 4
 BACKBONE = "resnet10"
@@ -72,7 +72,8 @@ class Harness:
         self.mesh = sharding.make_mesh(devices, fsdp)
         self.tx = combine(self.method.optimizers())
         self.init = compile_init(self.method, self.tx, self.mesh)
-        self.step = compile_step(self.method, self.tx, self.mesh)
+        state = abstract_state(self.method, self.tx, self.mesh)
+        self.step = compile_step(self.method, self.tx, self.mesh, state)
 
     def lower(self) -> jax.stages.Lowered:
         """Returns the step's program, not compiled."""

@@ -70,8 +70,9 @@ def steps_of(built: Sequence[experiment.Experiment]) -> list[Candidate]:
 def _compile(built: experiment.Experiment) -> tuple[Any, Any]:
     """The state before the first step, and the step."""
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch(built))
-    step = compile_step(built.method, built.tx, built.mesh)  # a partial that holds the seed
-    program = step.func.lower(*step.args, built.abstract_state(), batch).compile()
+    state = built.abstract_state()
+    step = compile_step(built.method, built.tx, built.mesh, state)  # a partial that holds the seed
+    program = step.func.lower(*step.args, state, batch).compile()
     return built.compile_init()(), program
 
 
