@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from csc_jax.models.convolution import convolve
 from csc_jax.models.depthwise import convolve_depthwise
-from csc_jax.models.layers import BatchNorm, Features, checkpoint_block, parameter
+from csc_jax.models.layers import BatchNorm, Features, checkpoint_block, draw_kernel, parameter
 
 
 class Stage(NamedTuple):
@@ -124,7 +124,7 @@ class ConvNormRelu6(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         inputs = 1 if self.depthwise else x.shape[-1]
         shape = (self.kernel_size, self.kernel_size, inputs, self.features)
-        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
+        kernel = parameter(self, "kernel", draw_kernel, shape)
         kernel = kernel.astype(self.dtype)
         x = x.astype(self.dtype)
         if self.depthwise:

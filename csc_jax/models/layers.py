@@ -1,5 +1,6 @@
 """What backbones and decoder share: convolution and normalisation as PyTorch has them."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax
@@ -9,6 +10,15 @@ import jax.numpy as jnp
 
 from csc_jax.models.convolution import convolve
 from csc_jax.models.normalization import batch_normalize, normalize, update_running
+
+# Jitted, so that JAX traces each once for all layers of a shape.
+relu = jax.jit(nn.relu)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def draw_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Initializer of kernels for `network.init`; `models.initialize` draws them otherwise."""
+    return nn.initializers.lecun_normal()(key, shape, dtype)
 
 
 class Features(NamedTuple):
@@ -45,15 +55,15 @@ def parameter(
 
 
 @jax.jit
-def end_block(x: jax.Array) -> jax.Array:
-    """Returns `x`, the output of a residual block, and has a CPU keep it as an array of its own.
+def end_block(shortcut: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns relu(shortcut + x), which a CPU keeps as an array of its own.
 
-    XLA's fusion there computes it anew for all that reads it, from what it was summed of, and that
-    in turn: the last block of ResNet-101's third stage from 120 arrays. The XLA of jax 0.10 does so
-    in spite of this.
+    XLA's fusion there computes the output of a residual block anew for all that reads it, from what
+    it was summed of, and that in turn: the last block of ResNet-101's third stage from 120 arrays.
+    The XLA of jax 0.10 does so in spite of this.
     """
     return jax.lax.platform_dependent(
-        x, cpu=jax.lax.optimization_barrier, default=lambda unchanged: unchanged
+        nn.relu(shortcut + x), cpu=jax.lax.optimization_barrier, default=lambda y: y
     )
 
 
@@ -95,7 +105,7 @@ class Conv(nn.Module):
           learn_bias: False gives the bias a gradient of zero.
         """
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
+        kernel = parameter(self, "kernel", draw_kernel, shape)
         kernel = kernel.astype(self.dtype)
         bias = None
         if self.use_bias:
@@ -171,4 +181,4 @@ class ConvNorm(nn.Module):
             name="conv",
         )(x, convolved, learn_bias=not train)
         x = BatchNorm(dtype=self.dtype, name="bn")(x, train)
-        return nn.relu(x) if self.relu else x
+        return relu(x) if self.relu else x
