@@ -11,11 +11,8 @@ import jax.numpy as jnp
 from csc_jax.models.convolution import convolve
 from csc_jax.models.normalization import batch_normalize, normalize, update_running
 
-# Jitted, so that JAX traces each once for all layers of a shape.
-relu = jax.jit(nn.relu)
 
-
-@partial(jax.jit, static_argnums=(1, 2))
+@partial(jax.jit, static_argnums=(1, 2))  # so that JAX traces it once for all layers of a shape
 def draw_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Initializer of kernels for `network.init`; `models.initialize` draws them otherwise."""
     return nn.initializers.lecun_normal()(key, shape, dtype)
@@ -55,15 +52,15 @@ def parameter(
 
 
 @jax.jit
-def end_block(shortcut: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns relu(shortcut + x), which a CPU keeps as an array of its own.
+def end_block(x: jax.Array) -> jax.Array:
+    """Returns `x`, the output of a residual block, and has a CPU keep it as an array of its own.
 
-    XLA's fusion there computes the output of a residual block anew for all that reads it, from what
-    it was summed of, and that in turn: the last block of ResNet-101's third stage from 120 arrays.
-    The XLA of jax 0.10 does so in spite of this.
+    XLA's fusion there computes it anew for all that reads it, from what it was summed of, and that
+    in turn: the last block of ResNet-101's third stage from 120 arrays. The XLA of jax 0.10 does so
+    in spite of this.
     """
     return jax.lax.platform_dependent(
-        nn.relu(shortcut + x), cpu=jax.lax.optimization_barrier, default=lambda y: y
+        x, cpu=jax.lax.optimization_barrier, default=lambda unchanged: unchanged
     )
 
 
@@ -181,4 +178,4 @@ class ConvNorm(nn.Module):
             name="conv",
         )(x, convolved, learn_bias=not train)
         x = BatchNorm(dtype=self.dtype, name="bn")(x, train)
-        return relu(x) if self.relu else x
+        return nn.relu(x) if self.relu else x
