@@ -82,7 +82,7 @@ def test_last_stages_are_dilated(depth, output_stride, multi_grid, expected):
 
 
 @pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="XLA before jax 0.12 fuses across barriers on a CPU"
+    jax.__version_info__ < (0, 12), reason="the XLA of jax 0.10 fuses across barriers on a CPU"
 )
 def test_on_a_cpu_no_block_is_computed_from_those_before():
     """XLA's fusion, left alone, has the last of six blocks read 35 arrays."""

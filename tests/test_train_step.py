@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import CLASSES, Harness, tiny_config
 from toy_network import toy_harness
 
@@ -273,6 +274,17 @@ def test_the_norm_is_that_of_all_arrays_together():
     )
     for name in shapes:
         assert np.isnan(train_step._norm(tree | {name: np.full(shapes[name], np.nan, np.float32)}))
+
+
+def test_the_norm_is_the_same_of_arrays_split_over_devices():
+    mesh = sharding.make_mesh(4, fsdp=2)
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    rng = np.random.default_rng(0)
+    places = {"scale": split, "bias": sharding.replicated(mesh), "mean": split, "kernel": split}
+    shapes = {"scale": (64,), "bias": (3,), "mean": (32,), "kernel": (8, 5)}
+    tree = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    norm = jax.jit(train_step._norm)(jax.device_put(tree, places))
+    np.testing.assert_allclose(norm, train_step._norm(tree), rtol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 2])

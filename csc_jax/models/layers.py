@@ -12,12 +12,6 @@ from csc_jax.models.convolution import convolve
 from csc_jax.models.normalization import batch_normalize, normalize, update_running
 
 
-@partial(jax.jit, static_argnums=(1, 2))  # so that JAX traces it once for all layers of a shape
-def draw_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """Initializer of kernels for `network.init`; `models.initialize` draws them otherwise."""
-    return nn.initializers.lecun_normal()(key, shape, dtype)
-
-
 class Features(NamedTuple):
     """What a backbone returns: feature maps (B, h, w, K) in the compute dtype."""
 
@@ -29,6 +23,12 @@ class Features(NamedTuple):
 def checkpoint_block(block: type[nn.Module]) -> type[nn.Module]:
     """Returns a block (x, train) whose inside is computed again for the gradient, not kept."""
     return nn.remat(block, static_argnums=(2,))  # self, x and train: 2 is `train`
+
+
+@partial(jax.jit, static_argnums=(1, 2))  # so that JAX traces it once for all layers of a shape
+def draw_kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Initializer of kernels for `network.init`; `models.initialize` draws them otherwise."""
+    return nn.initializers.lecun_normal()(key, shape, dtype)
 
 
 def parameter(
