@@ -19,6 +19,7 @@ from csc_jax.errors import Diverged, Interrupted, UserError
 from csc_jax.evaluation import Scores
 from csc_jax.experiment import Experiment, build, load_data
 from csc_jax.interrupt import EvaluationStopped, StopRequest
+from csc_jax.kept_step import kept_step
 from csc_jax.lock import lock
 from csc_jax.probe import Probe
 from csc_jax.sharding import shard_batch
@@ -168,6 +169,7 @@ def _prepare(
     A run that continues has its `iterator` set to where it was.
     """
     config = experiment.config
+    kept = kept_step(config, experiment.mesh)
     abstract_state = experiment.abstract_state()
     restored = checkpointer.restore(
         abstract_state, check=lambda stored: _check_resumed(stored, config)
@@ -181,7 +183,8 @@ def _prepare(
     # After all that a user may have to repair: a compiler cannot be stopped.
     step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh, abstract_state)
     if start < config.train.steps and not config.debug.nans:  # which runs it by operations
-        step_fn = compile_ahead(step_fn, abstract_state, data.abstract_batch(config))
+        compile = kept.compile if kept is not None else jax.stages.Lowered.compile
+        step_fn = compile_ahead(step_fn, abstract_state, data.abstract_batch(config), compile)
     state = experiment.compile_init(pretrained)() if restored is None else restored.state
     return state, step_fn, restored
 

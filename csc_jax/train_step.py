@@ -169,7 +169,12 @@ def compile_step(
     return partial(step, _seed(method))
 
 
-def compile_ahead(step: Step, state: TrainState, batch: AbstractBatch) -> Step:
+def compile_ahead(
+    step: Step,
+    state: TrainState,
+    batch: AbstractBatch,
+    compile: Callable[[jax.stages.Lowered], jax.stages.Compiled] = jax.stages.Lowered.compile,
+) -> Step:
     """Returns the same step, compiled in a thread while the caller goes on.
 
     It is traced before this returns: that is Python's work, as the caller's own will be. The
@@ -179,11 +184,12 @@ def compile_ahead(step: Step, state: TrainState, batch: AbstractBatch) -> Step:
       step: of `compile_step`.
       state: shapes and shardings, as of `abstract_state`.
       batch: shapes of the whole batch, as of `data.abstract_batch`. Others are a TypeError later.
+      compile: what the thread does, as `KeptStep.compile`.
     """
     jitted = cast(partial[Any], step)
     lowered = cast(jax.stages.Wrapped, jitted.func).lower(*jitted.args, state, batch)
     thread = ThreadPoolExecutor(1, "compile")
-    program = thread.submit(lowered.compile)
+    program = thread.submit(compile, lowered)
     thread.shutdown(wait=False)  # ends once it is done
     return lambda state, batch: program.result()(*jitted.args, state, batch)
 
