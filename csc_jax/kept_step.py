@@ -30,63 +30,76 @@ from csc_jax import config as config_lib
 log = logging.getLogger("csc_jax")
 
 _MISS = "/jax/compilation_cache/cache_misses"  # JAX's event: compiled, and put into its cache
-_HEADER = hashlib.sha256().digest_size  # bytes: the digest of the program
 
 
 class KeptStep:
-    """What the last run of a config had compiled; it is read from the construction on."""
+    """The step that the last run of a config took; it is read from the construction on.
 
-    def __init__(self, path: Path, mesh: Mesh):
-        """Reads `path`, where there is such a file, for the devices of `mesh`."""
-        self._path = path
+    A folder holds steps, named by the digests of their programs, and for each config the name of
+    its last.
+    """
+
+    def __init__(self, folder: Path, config: str, machine: str, mesh: Mesh):
+        """Begins to read.
+
+        Args:
+          folder: where steps are kept; need not be there.
+          config: a digest of all that may decide about the program.
+          machine: all that decides about its machine code besides.
+          mesh: the devices.
+        """
+        self._folder, self._machine = folder, machine
+        self._last = folder / f"{config}.last"
         self._devices = list(mesh.devices.flat)
         self._thread = ThreadPoolExecutor(1, "kept step")
-        self._digest = b""
+        self._name = ""
         self._reading: Future[jax.stages.Compiled | None] | None = None
         with contextlib.suppress(OSError):
-            stored = path.read_bytes()
-            self._digest = stored[:_HEADER]
-            self._reading = self._thread.submit(self._load, stored[_HEADER:])
+            self._name = self._last.read_text()
+            self._reading = self._thread.submit(self._load, folder / self._name)
 
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Returns `lowered.compile()`, or what was read if that is the same program.
 
-        What had to be compiled, and went to JAX's cache, takes its place, written in the
-        background. What came from JAX's cache does not: written out and read a second time, an
-        executable of a CPU lacks its functions.
+        What had to be compiled, and went to JAX's cache, is kept, written in the background. What
+        came from JAX's cache cannot be: written out and read a second time, an executable of a CPU
+        lacks its functions.
         """
-        digest = _digest(lowered)
-        if self._reading is not None and self._digest == digest:
+        name = _digest(self._machine, lowered.as_text())
+        if self._reading is not None and self._name == name:
             program = self._reading.result()
             if program is not None:
                 return program
         with _misses() as misses:
             program = lowered.compile()
-        if misses:
-            self._thread.submit(self._save, digest, program)
+        self._thread.submit(self._save, name, program if misses else None)
         return program
 
-    def _load(self, stored: bytes) -> jax.stages.Compiled | None:
+    def _load(self, path: Path) -> jax.stages.Compiled | None:
         try:
-            program, in_tree, out_tree = pickle.loads(zlib.decompress(stored))
+            program, in_tree, out_tree = pickle.loads(zlib.decompress(path.read_bytes()))
             return serialize_executable.deserialize_and_load(
                 program, in_tree, out_tree, execution_devices=self._devices
             )
+        except FileNotFoundError:  # somebody has cleared up
+            return None
         except Exception as error:  # cut off, or of something that has changed since
-            log.warning("%s cannot be read, so the step is compiled: %s", self._path, error)
+            log.warning("%s is removed, as it cannot be read: %s", path, error)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
 
-    def _save(self, digest: bytes, program: jax.stages.Compiled) -> None:
-        unfinished = self._path.with_suffix(f".{os.getpid()}")
+    def _save(self, name: str, program: jax.stages.Compiled | None) -> None:
+        path = self._folder / name
         try:
-            stored = pickle.dumps(serialize_executable.serialize(program))
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_bytes(digest + zlib.compress(stored, level=1))
-            unfinished.replace(self._path)  # in one go: another run may be reading it
+            if program is not None:
+                stored = pickle.dumps(serialize_executable.serialize(program))
+                self._folder.mkdir(parents=True, exist_ok=True)
+                _write(path, zlib.compress(stored, level=1))
+            if path.exists():
+                _write(self._last, name.encode())
         except Exception as error:  # a full disk, or an executable that cannot be written out
-            log.warning("The compiled step cannot be kept as %s: %s", self._path, error)
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
+            log.warning("The compiled step cannot be kept as %s: %s", path, error)
 
 
 def kept_step(config: ConfigDict, mesh: Mesh) -> KeptStep | None:
@@ -101,12 +114,20 @@ def kept_step(config: ConfigDict, mesh: Mesh) -> KeptStep | None:
     if not local or device.platform != "cpu" or jax.process_count() > 1:
         return None
     plain = {name: x for name, x in config_lib.to_plain(config).items() if name != "seed"}
-    # Besides the program, all of this decides about its machine code.
-    versions = [jax.__version__, jaxlib.__version__]
-    machine = [os.environ.get("XLA_FLAGS"), sorted(settings.items()), mesh.devices.shape, _cpu()]
-    known = json.dumps([plain, versions, machine], default=repr)
-    name = hashlib.sha256(known.encode()).hexdigest()
-    return KeptStep(Path(folder) / "csc_jax_steps" / name, mesh)
+    versions = [jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS")]
+    machine = repr([versions, sorted(settings.items()), mesh.devices.shape, _cpu()])
+    name = _digest(machine, json.dumps(plain))
+    return KeptStep(Path(folder) / "csc_jax_steps", name, machine, mesh)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file in one go: another run may be reading it."""
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -126,9 +147,8 @@ def _misses() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_listener(listen)
 
 
-def _digest(lowered: jax.stages.Lowered) -> bytes:
-    """Returns the digest of a program's text: constants, shardings and donations, but no lines."""
-    return hashlib.sha256(lowered.as_text().encode()).digest()
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def _cpu() -> str:

@@ -52,31 +52,43 @@ def compiled(monkeypatch):
     return seen
 
 
-def kept(path, mesh, factor):
+def kept(folder, mesh, factor, config="a"):
     """Returns what a run with such a program gets, once all it writes is there."""
-    step = KeptStep(path, mesh)
+    step = KeptStep(folder, config, "machine", mesh)
     program = step.compile(lower(factor))
     step._thread.shutdown(wait=True)
     return program(jnp.ones(1000))
 
 
+def steps(folder):
+    """The steps that are kept, but for what names them."""
+    return [path for path in folder.iterdir() if path.suffix == ""]
+
+
 def test_the_same_program_is_compiled_once(cache, compiled, mesh1):
-    assert kept(cache / "step", mesh1, 2.0) == 2000
-    assert kept(cache / "step", mesh1, 2.0) == 2000
+    assert kept(cache / "steps", mesh1, 2.0) == 2000
+    assert kept(cache / "steps", mesh1, 2.0) == 2000
     assert len(compiled) == 1
 
 
 def test_a_program_with_another_constant_is_compiled_and_kept_instead(cache, compiled, mesh1):
     for factor in (2.0, 3.0, 3.0):
-        assert kept(cache / "step", mesh1, factor) == 1000 * factor
+        assert kept(cache / "steps", mesh1, factor) == 1000 * factor
     assert len(compiled) == 2
+
+
+def test_a_config_finds_the_step_that_another_has_kept(cache, compiled, mesh1):
+    for config in ("a", "b", "b"):
+        jax.clear_caches()
+        assert kept(cache / "steps", mesh1, 2.0, config) == 2000
+    assert len(compiled) == 2  # the first of "b" does not know yet, and JAX's cache has it
+    assert len(steps(cache / "steps")) == 1
 
 
 def test_what_jax_had_in_its_cache_is_not_kept(cache, mesh1):
     kept(cache / "first", mesh1, 2.0)
     jax.clear_caches()
     assert kept(cache / "second", mesh1, 2.0) == 2000
-    assert (cache / "first").exists()
     assert not (cache / "second").exists()
 
 
@@ -92,31 +104,48 @@ def damaged(stored):
     return {
         "empty": b"",
         "cut off": stored[:-100],
-        "no program": stored[:32] + zlib.compress(b"nothing"),
+        "no program": zlib.compress(b"nothing"),
     }
 
 
 @pytest.mark.parametrize("how", damaged(b""))
 def test_a_damaged_file_does_no_harm(cache, compiled, caplog, mesh1, how):
-    kept(cache / "step", mesh1, 2.0)
-    (cache / "step").write_bytes(damaged((cache / "step").read_bytes())[how])
+    kept(cache / "steps", mesh1, 2.0)
+    [path] = steps(cache / "steps")
+    path.write_bytes(damaged(path.read_bytes())[how])
     jax.clear_caches()
-    assert kept(cache / "step", mesh1, 2.0) == 2000
+    assert kept(cache / "steps", mesh1, 2.0) == 2000
     assert len(compiled) == 2
-    assert "step cannot be read" in caplog.text
+    assert "cannot be read" in caplog.text
+    assert not path.exists()
+
+
+def test_a_step_that_is_gone_is_compiled(cache, compiled, caplog, mesh1):
+    kept(cache / "steps", mesh1, 2.0)
+    [path] = steps(cache / "steps")
+    path.unlink()
+    assert kept(cache / "steps", mesh1, 2.0) == 2000
+    assert len(compiled) == 2
+    assert not caplog.text
 
 
 def test_a_folder_that_cannot_be_written_does_no_harm(cache, caplog, mesh1):
-    (cache / "file").mkdir(parents=True)
-    (cache / "file" / "step").mkdir()
-    assert kept(cache / "file" / "step", mesh1, 2.0) == 2000
+    cache.mkdir()
+    (cache / "steps").write_text("no folder")
+    assert kept(cache / "steps", mesh1, 2.0) == 2000
     assert "The compiled step cannot be kept" in caplog.text
-    assert [path.name for path in (cache / "file").iterdir()] == ["step"]
+
+
+def test_nothing_is_left_of_what_cannot_be_finished(cache, tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        module._write(tmp_path / "taken", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_there_is_one_for_each_config_but_for_the_seed(cache, mesh1, mesh4, monkeypatch):
     def path(mesh=mesh1, **overrides):
-        return kept_step(tiny_config(**overrides), mesh)._path
+        return kept_step(tiny_config(**overrides), mesh)._last
 
     assert path().is_relative_to(cache)
     assert path() == path(seed=1)
@@ -149,7 +178,7 @@ def test_a_run_asks_for_the_kept_step(cache, tmp_path, monkeypatch):
     train(tiny_config(tmp_path, method__name="supervised", train__steps=1), tmp_path / "run")
     [(step, _)] = asked
     step._thread.shutdown(wait=True)
-    assert len(list((cache / "csc_jax_steps").iterdir())) == 1
+    assert len(steps(cache / "csc_jax_steps")) == 1
 
 
 @pytest.mark.parametrize("devices", [1, 2])
