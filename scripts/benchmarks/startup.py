@@ -53,18 +53,24 @@ def _first_step(path: Path, fields: list[str], folder: Path, name: str) -> float
     workdir = folder / name
     command = [sys.executable, "-m", "csc_jax.main", f"--workdir={workdir}"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
-    started = time.perf_counter()
-    with subprocess.Popen(
-        [*command, *_flags(path, fields)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-    ) as process:
-        try:
-            while not writers.read_metrics(workdir):
-                if process.poll() is not None or time.perf_counter() - started > LIMIT:
-                    raise SystemExit(f"{path.name}: no step in {LIMIT:.0f} s (see above).")
-                time.sleep(0.05)
-            taken = time.perf_counter() - started
-            process.terminate()  # it ends in order: what it writes to the cache is still to come
-            process.wait(LIMIT)
-            return taken
-        finally:
-            process.kill()
+    with (folder / "errors.txt").open("w+") as errors:
+        started = time.perf_counter()
+        with subprocess.Popen(
+            [*command, *_flags(path, fields)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        ) as process:
+            try:
+                while not writers.read_metrics(workdir):
+                    if process.poll() is not None or time.perf_counter() - started > LIMIT:
+                        errors.seek(0)
+                        raise SystemExit(f"{path.name}: no step in {LIMIT:.0f} s.\n{errors.read()}")
+                    time.sleep(0.05)
+                taken = time.perf_counter() - started
+                process.terminate()  # it ends in order: part of the cache is yet to be written
+                process.wait(LIMIT)
+                return taken
+            finally:
+                process.kill()
