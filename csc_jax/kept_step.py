@@ -16,7 +16,7 @@ import platform
 import threading
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
+from csc_jax.background import in_background
 
 log = logging.getLogger("csc_jax")
 
@@ -51,12 +52,12 @@ class KeptStep:
         self._folder, self._machine = folder, machine
         self._last = folder / f"{config}.last"
         self._devices = list(mesh.devices.flat)
-        self._thread = ThreadPoolExecutor(1, "kept step")
         self._name = ""
         self._reading: Future[jax.stages.Compiled | None] | None = None
+        self.saved: Future[None] | None = None  # done when all that `compile` keeps is written
         with contextlib.suppress(OSError):
             self._name = self._last.read_text()
-            self._reading = self._thread.submit(self._load, folder / self._name)
+            self._reading = in_background(self._load, folder / self._name)
 
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Returns `lowered.compile()`, or what was read if that is the same program.
@@ -72,7 +73,7 @@ class KeptStep:
                 return program
         with _misses() as misses:
             program = lowered.compile()
-        self._thread.submit(self._save, name, program if misses else None)
+        self.saved = in_background(self._save, name, program if misses else None)
         return program
 
     def _load(self, path: Path) -> jax.stages.Compiled | None:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
 from csc_jax import config_checks, data, distributed, visualize
+from csc_jax.background import in_background
 from csc_jax.checkpoint import Checkpointer, Restored
 from csc_jax.errors import Diverged, Interrupted, UserError
 from csc_jax.evaluation import Scores
@@ -174,19 +175,18 @@ def _prepare(
     restored = checkpointer.restore(
         abstract_state, check=lambda stored: _check_resumed(stored, config)
     )
-    start, pretrained = 0, {}
+    # From here on after all that a user may have to repair: a compiler cannot be stopped.
     if restored is None:
-        pretrained = experiment.load_pretrained()
+        start = 0
+        initial = in_background(experiment.compile_init(experiment.load_pretrained()))
     else:
         start = int(restored.state.step)
         iterator.set_state(restored.loop["iterator"])
-    # After all that a user may have to repair: a compiler cannot be stopped.
     step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh, abstract_state)
     if start < config.train.steps and not config.debug.nans:  # which runs it by operations
         compile = kept.compile if kept is not None else jax.stages.Lowered.compile
         step_fn = compile_ahead(step_fn, abstract_state, data.abstract_batch(config), compile)
-    state = experiment.compile_init(pretrained)() if restored is None else restored.state
-    return state, step_fn, restored
+    return initial.result() if restored is None else restored.state, step_fn, restored
 
 
 def evaluate_and_draw(

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from csc_jax.background import in_background
 from csc_jax.methods import Method
 from csc_jax.methods.base import Batch
 from csc_jax.models.weights import overlay
@@ -188,9 +188,7 @@ def compile_ahead(
     """
     jitted = cast(partial[Any], step)
     lowered = cast(jax.stages.Wrapped, jitted.func).lower(*jitted.args, state, batch)
-    thread = ThreadPoolExecutor(1, "compile")
-    program = thread.submit(compile, lowered)
-    thread.shutdown(wait=False)  # ends once it is done
+    program = in_background(compile, lowered)
     return lambda state, batch: program.result()(*jitted.args, state, batch)
 
 

@@ -56,7 +56,8 @@ def kept(folder, mesh, factor, config="a"):
     """Returns what a run with such a program gets, once all it writes is there."""
     step = KeptStep(folder, config, "machine", mesh)
     program = step.compile(lower(factor))
-    step._thread.shutdown(wait=True)
+    if step.saved is not None:
+        step.saved.result()
     return program(jnp.ones(1000))
 
 
@@ -177,7 +178,7 @@ def test_a_run_asks_for_the_kept_step(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(KeptStep, "compile", lambda *args: (asked.append(args), original(*args))[1])
     train(tiny_config(tmp_path, method__name="supervised", train__steps=1), tmp_path / "run")
     [(step, _)] = asked
-    step._thread.shutdown(wait=True)
+    step.saved.result()
     assert len(steps(cache / "csc_jax_steps")) == 1
 
 
@@ -196,6 +197,7 @@ def test_a_step_read_back_is_the_step(cache, compiled, devices):
         for i in range(2):
             now, metrics = ahead(now, harness.batch(i))
         results.append(jax.device_get((now, metrics)))
-        step._thread.shutdown(wait=True)
+        if step.saved is not None:
+            step.saved.result()
     assert len(compiled) == 1
     jax.tree.map(np.testing.assert_array_equal, *results)
