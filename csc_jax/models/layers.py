@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from csc_jax.models.convolution import convolve
 from csc_jax.models.normalization import batch_normalize, normalize, update_running
 
-
 SHAPES_ONLY = "shapes_only"  # see `parameter`
 
 
