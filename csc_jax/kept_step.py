@@ -17,10 +17,10 @@ import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -115,7 +115,7 @@ def kept_step(config: ConfigDict, mesh: Mesh) -> KeptStep | None:
     if not local or device.platform != "cpu" or jax.process_count() > 1:
         return None
     plain = {name: x for name, x in config_lib.to_plain(config).items() if name != "seed"}
-    versions = [jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS")]
+    versions = [version("jax"), version("jaxlib"), os.environ.get("XLA_FLAGS")]
     machine = repr([versions, sorted(settings.items()), mesh.devices.shape, _cpu()])
     name = _digest(machine, json.dumps(plain))
     return KeptStep(Path(folder) / "csc_jax_steps", name, machine, mesh)

@@ -94,10 +94,11 @@ def test_what_jax_had_in_its_cache_is_not_kept(cache, mesh1):
 
 
 def test_what_another_thread_compiles_meanwhile_does_not_count(cache):
+    theirs, own = lower(2.0), lower(3.0)
     with module._misses() as mine, ThreadPoolExecutor(1) as other:
-        other.submit(lower(2.0).compile).result()
+        other.submit(theirs.compile).result()
         assert mine == []
-        lower(3.0).compile()
+        own.compile()
         assert len(mine) == 1
 
 
