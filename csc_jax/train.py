@@ -175,10 +175,11 @@ def _prepare(
     restored = checkpointer.restore(
         abstract_state, check=lambda stored: _check_resumed(stored, config)
     )
-    # From here on after all that a user may have to repair: a compiler cannot be stopped.
+    # Nothing compiles before all is there that a user may have to repair: a compiler cannot be
+    # stopped.
     if restored is None:
-        start = 0
-        initial = in_background(experiment.compile_init(experiment.load_pretrained()))
+        start, pretrained = 0, experiment.load_pretrained()
+        initial = in_background(experiment.compile_init(pretrained))
     else:
         start = int(restored.state.step)
         iterator.set_state(restored.loop["iterator"])
