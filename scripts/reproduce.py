@@ -10,7 +10,8 @@ Rows:       a method of csc_jax/methods; METHOD+csc, the paper's module on top o
 Hardware:   what the config says, one run at a time; shards run at the same time on as many devices
             or machines, if they share the folder --out. Whichever is last has the whole table.
 Writes:     OUT/<config>/<row>/<partition>/seed<k>: each run's work directory
-            OUT/<config>/<table>.md and .csv, and <table>_runs.csv: IoU of each class, minutes
+            OUT/<config>/<table>.md and .csv, and <table>_runs.csv: IoU of each class, minutes;
+            scripts/compare.py says how far its rows differ, seed by seed
 The command can be stopped and given again: a run that was cut off continues, one that is done is
 left alone. The score is that of the last step, not the best one on the val images.
 """
