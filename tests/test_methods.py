@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 from tiny import Harness, tiny_config
-from toy_network import toy_harness
+from toy_network import toy_harness, toy_method
 
 from csc_jax import methods
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
+from csc_jax.methods import gct
+from csc_jax.models.resize import resize_aligned
 from csc_jax.train_step import init_state
 
 METHODS = methods.available()
@@ -167,6 +169,99 @@ def test_no_feature_map_outlives_the_loss_of_csc():
     assert {shape[2] for shape in shapes} == slots
     assert pixels not in {size for shape in shapes for size in shape}
     assert dim in {shape[-1] for shape in shapes}
+
+
+# method -> whose arg max it teaches on unlabelled images, and which pixels get no label
+TEACHES = {
+    "cct": ("student", "all get one"),
+    "cps": ("second", "all get one"),
+    "csc": ("teacher", "least likely"),
+    "cutmix_mean_teacher": ("teacher", "least likely"),
+    "fixmatch": ("student", "least likely"),
+    "mean_teacher": ("teacher", "all get one"),
+    "u2pl": ("teacher", "highest entropy"),
+    "unimatch": ("student", "least likely"),
+    "unimatch_v2": ("teacher", "least likely"),
+}
+MASK = {"mode": "confidence", "threshold": 0.7}
+
+
+def different_networks(**overrides):
+    """A method, a state whose networks share no parameter, and images."""
+    method, state = toy_method(**overrides)
+    keys = iter(jax.random.split(jax.random.key(7), 100))
+
+    def other(network):
+        noisy = jax.tree.map(
+            lambda x: x + 0.5 * jax.random.normal(next(keys), x.shape), network.params
+        )
+        return network.replace(params=noisy)
+
+    companions = {name: other(network) for name, network in state.companions.items()}
+    student, teacher = other(state.student), other(state.teacher)
+    state = state.replace(student=student, teacher=teacher, companions=companions)
+    blocks = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)  # of 4x4 px each
+    return method, state, blocks.repeat(4, 1).repeat(4, 2)
+
+
+def probabilities(method, state, images):
+    """Of each network: (2, 32, 32, C)."""
+    networks = {"student": state.student, "teacher": state.teacher}
+    if "second" in state.companions:
+        networks["second"] = state.companions["second"]
+    logits = {k: method.task.eval_forward(v, images).logits for k, v in networks.items()}
+    return {k: np.asarray(jax.nn.softmax(resize_aligned(v, (32, 32)))) for k, v in logits.items()}
+
+
+@pytest.mark.parametrize(("name", "network", "unlabelled"), [(k, *v) for k, v in TEACHES.items()])
+def test_panels_show_what_a_method_teaches(name, network, unlabelled):
+    fields = {}
+    if name in ("csc", "cutmix_mean_teacher"):  # without the random draw
+        fields = {f"method__pseudo_label__{k}": v for k, v in MASK.items()}
+    elif unlabelled == "least likely":
+        fields[f"method__{name}__threshold"] = MASK["threshold"]
+    method, state, images = different_networks(method__name=name, **fields)
+    shown = np.asarray(jax.jit(method.pseudo_labels)(jax.random.key(0), state, images))
+    assert (shown.shape, shown.dtype) == ((2, 32, 32), np.int32)
+    p = probabilities(method, state, images)
+    others = [p[each].argmax(-1) for each in p.keys() - {network}]
+    p, labelled = p[network], shown != 255
+    assert all(np.mean(other != p.argmax(-1)) > 0.1 for other in others)
+    np.testing.assert_array_equal(shown[labelled], p.argmax(-1)[labelled])
+    if unlabelled == "all get one":
+        assert labelled.all()
+        return
+    assert 0.05 < labelled.mean() < 0.95
+    if unlabelled == "least likely":
+        np.testing.assert_array_equal(labelled, p.max(-1) >= MASK["threshold"])
+    elif unlabelled == "highest entropy":  # a fifth of the pixels before the first step (Sec. 3.2)
+        entropy = -np.sum(p * np.log(p + 1e-10), axis=-1)
+        np.testing.assert_array_equal(labelled, entropy < np.percentile(entropy, 80))
+
+
+def test_a_panel_of_gct_shows_the_network_without_the_flaw(monkeypatch):
+    method, state, images = different_networks(method__name="gct", method__gct__detector_width=4)
+    p, key = probabilities(method, state, images), jax.random.key(0)
+    seen = []
+
+    for flaws, network in (((0, 1), "student"), ((1, 0), "second"), ((1, 1), "student")):
+        everywhere = iter(flaws)  # of the student's output, then of the second network's
+
+        def handle(flaws, everywhere=everywhere):
+            seen.append(np.asarray(flaws))
+            return np.full(flaws.shape, next(everywhere), np.float32)
+
+        monkeypatch.setattr(gct, "handle_flaws", handle)
+        shown = method.pseudo_labels(key, state, images)
+        np.testing.assert_array_equal(shown, p[network].argmax(-1))
+    # The detector is asked about each network's own output.
+    assert np.any(seen[0] != seen[1])
+    np.testing.assert_array_equal(seen[:2], seen[2:4])
+
+
+def test_supervised_teaches_nothing():
+    method, state, images = different_networks(method__name="supervised")
+    assert method.pseudo_labels(jax.random.key(0), state, images) is None
 
 
 def test_csc_on_top_of_itself_is_refused():
