@@ -49,6 +49,19 @@ def test_nothing_left_unlabelled_is_an_error(tmp_path):
         data.partition(config, counted_dataset("a"), 0)
 
 
+@pytest.mark.parametrize("fraction", ["0", "-1/8", "9/8", "1/0", "an eighth", "", "nan"])
+def test_a_share_that_is_none_is_an_error(tmp_path, fraction):
+    config = data_config(tmp_path, labeled_fraction=fraction).data
+    with pytest.raises(UserError, match=rf"data\.labeled_fraction is '{fraction}'; .*such as 1/8"):
+        data.partition(config, counted_dataset("abcdefgh"), 0)
+
+
+def test_a_partition_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "splits").write_text("in the way")
+    with pytest.raises(UserError, match=r"splits cannot be written: .*--workdir"):
+        data.write_partition(data.Partition(("a",), ("b",)), tmp_path)
+
+
 def lists_config(tmp_path, labeled, unlabeled=None):
     (tmp_path / "labeled.txt").write_bytes(labeled)
     config = data_config(tmp_path, labeled_list=str(tmp_path / "labeled.txt")).data

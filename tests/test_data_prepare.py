@@ -289,6 +289,19 @@ def test_what_was_checked_is_only_believed_if_it_is_whole(tmp_path):
     assert checked.load("other") is None
 
 
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    checked = Checked(tmp_path / "x.checked")
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        checked.save("key", Encoded(b"image", b"label", (24, 32)))
+    assert "key" not in checked
+    assert not list((tmp_path / "x.checked").iterdir())
+
+
 def test_two_runs_that_prepare_at_once_share_one_preparation(tmp_path, caplog):
     caplog.set_level("INFO", "csc_jax")
     waiting, others = threading.Event(), []

@@ -359,10 +359,11 @@ def test_a_run_that_loses_its_images_keeps_its_checkpoint_and_can_be_repaired(wh
 # ---- Everything else -----------------------------------------------------------------------------
 
 
-def test_training_goes_on_without_tensorboard_and_with_a_clock_that_runs_backwards(
+def test_training_goes_on_without_tensorboard_and_plots_and_with_a_clock_that_runs_backwards(
     whole, tmp_path, monkeypatch, caplog, capsys
 ):
-    (tmp_path / "tensorboard").write_text("in the way")
+    for folder in ("tensorboard", "plots"):
+        (tmp_path / folder).write_text("in the way")
     clock = itertools.count(1_700_000_000, -3600)  # an hour at every look
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 10**9)
@@ -370,6 +371,8 @@ def test_training_goes_on_without_tensorboard_and_with_a_clock_that_runs_backwar
     monkeypatch.undo()
     assert_as_without_fault(whole, tmp_path, scores)
     assert caplog.text.count("TensorBoard cannot be written") == 1
+    evaluated = [r["step"] for r in writers.read_metrics(tmp_path) if "val/teacher_miou" in r]
+    assert len(evaluated) == caplog.text.count("plots cannot be written") > 0
     rates = [r.get("train/images_per_second", 1.0) for r in writers.read_metrics(tmp_path)]
     assert all(0 < rate < 1e6 for rate in rates)
     lines = [line for line in capsys.readouterr().out.splitlines() if "ETA" in line]
