@@ -234,6 +234,17 @@ def test_gate(mode, rise, accepted):
         assert_same_bank(chosen, current)
 
 
+@pytest.mark.parametrize("mode", ["strict", "range"])
+def test_what_neither_lowers_separ_nor_lies_below_the_limit_is_rejected(mode):
+    """Both comparisons are strict (decisions.md 4): a bank at the limit itself is not below it."""
+    bank = random_bank(1, [2, 1], size=2, dim=2)
+    bank = bank._replace(best_separation=contrast.separation(bank))
+    same = bank._replace(cursor=bank.cursor + 1)
+    chosen, accepted = contrast.gate(bank, same, mode, margin=0.0)
+    assert not accepted
+    assert_same_bank(chosen, bank)
+
+
 def test_range_gate_also_accepts_what_lowers_separ():
     high = random_bank(1, [1, 1], size=1, dim=2)._replace(best_separation=jnp.float32(0.0))
     separate = high._replace(features=jnp.array([[[1.0, 0.0]], [[-1.0, 0.0]]]))
@@ -266,6 +277,26 @@ def test_update_until_the_bank_is_ready_only_enqueues():
     assert metrics["ready"] == 0.0
     assert np.isnan(metrics["enqueue_accepted"])
     assert after.best_separation == jnp.inf
+
+
+@pytest.mark.parametrize(
+    ("labels", "valid"), [([0, 1, 1], False), ([255, -1, 2], True), ([255, 0, -1], [1, 0, 1])]
+)
+def test_gates_are_not_asked_without_pixels_of_a_known_class(labels, valid):
+    bank = random_bank(0, [1, 1], size=4, dim=3)  # one entry each: ready by default
+    bank = bank._replace(best_separation=contrast.separation(bank) - 0.5)
+    after, metrics = contrast.update_memory_bank(
+        bank,
+        jnp.asarray(unit(np.random.default_rng(0).normal(size=(1, 3, 3))), jnp.float32),
+        jnp.asarray([labels]),
+        jnp.broadcast_to(jnp.asarray(valid, bool), (1, 3)),
+        jnp.ones((1, 2, 2, 3)),
+        jnp.zeros((1, 2, 2), bool),
+    )
+    assert metrics["ready"] == 1.0
+    assert np.isnan(metrics["consistency_accepted"])
+    assert np.isnan(metrics["enqueue_accepted"])
+    assert_same_bank(after, bank)
 
 
 def test_absent_classes_and_min_fill_decide_when_the_bank_is_ready():
