@@ -103,6 +103,20 @@ def test_of_equal_similarities_the_first_counts(top_n):
     np.testing.assert_array_equal(found[0][1], values[1, :top_n])
 
 
+@pytest.mark.parametrize("top_n", [None, 1])
+@pytest.mark.parametrize("counts", [None, [0, 2]])
+def test_a_query_without_positive_is_no_part_of_the_mean(blocks, top_n, counts):
+    # Class 0 has two queries; those of classes 1 and 2 have a positive at most in the bank.
+    queries = unit(np.random.default_rng(5).normal(size=(4, 3)))
+    labels, valid = np.array([0, 0, 1, 2]), np.ones(4, bool)
+    bank = None if counts is None else random_bank(0, [*counts, 0], 2, 3)
+    features = np.zeros((0, 2, 3)) if bank is None else np.asarray(bank.features, np.float64)
+    expected = slow_loss(queries, labels, valid, features, counts or [], 0.5, top_n)
+    arguments = (jnp.asarray(queries, jnp.float32), jnp.asarray(labels), jnp.asarray(valid), bank)
+    value, _ = blocks(*arguments, temperature=0.5, top_n=top_n)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
 # Ragged fills, an empty class, a single class, none but one valid query, N above the positives.
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
