@@ -47,21 +47,21 @@ def test_semi_hard_sampling(seed, views, hard_share):
 
 @pytest.mark.parametrize("views", [3, 7, 12])
 def test_random_sampling_is_uniform_and_takes_no_pixel_twice(views):
-    labels = jnp.array([0] * 10 + [1] * 3 + [255] * 4)
-    # Half of class 0 is hard: that must not change a pixel's chance.
-    predictions = labels.at[:5].set(2)
+    labels = jnp.array([0] * 10 + [1] * 3 + [2] * 5 + [255] * 4)
+    # Some pixels of each class are hard: that must not change a pixel's chance.
+    predictions = labels.at[jnp.array([0, 1, 2, 3, 4, 11, 13, 14, 15])].set(3)
 
     def draw(key):
         order_key, take_key = jax.random.split(key)
-        order = contrast.order_by_class(order_key, labels, predictions, 2)
+        order = contrast.order_by_class(order_key, labels, predictions, 3)
         return contrast.take_random(take_key, order, views)
 
     indices, valid = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 2000))
-    assert np.all(np.asarray(valid).sum(axis=2) == [min(views, 10), min(views, 3)])
-    for c, pixels in enumerate([range(10), range(10, 13)]):
+    assert np.all(np.asarray(valid).sum(axis=2) == [min(views, k) for k in (10, 3, 5)])
+    for c, pixels in enumerate([range(10), range(10, 13), range(13, 18)]):
         drawn = [np.asarray(i)[v] for i, v in zip(indices[:, c], valid[:, c], strict=True)]
         assert all(len(set(d)) == len(d) and set(d) <= set(pixels) for d in drawn[:100])
-        share = np.bincount(np.concatenate(drawn), minlength=17)[list(pixels)] / 2000
+        share = np.bincount(np.concatenate(drawn), minlength=22)[list(pixels)] / 2000
         np.testing.assert_allclose(share, min(views, len(pixels)) / len(pixels), atol=0.05)
 
 

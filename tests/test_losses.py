@@ -72,6 +72,14 @@ def test_nothing_labelled_gives_zero_loss_and_gradient(loss):
     assert np.all(gradient == 0)
 
 
+def test_one_labelled_pixel_is_a_mean_of_one():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 2, 3)), jnp.float32)
+    labels = jnp.array([[[255, 255], [1, 255]]])
+    expected = -jax.nn.log_softmax(logits)[0, 1, 0, 1]
+    for loss in (losses.cross_entropy, losses.ohem_cross_entropy):
+        np.testing.assert_allclose(loss(logits, labels), expected, rtol=1e-6)
+
+
 def probabilities_of(top: list[float], classes: list[int]) -> jnp.ndarray:
     """(1, 1, W, 3) with the given top probability at the given class."""
     rows = np.array([[(1 - p) / 2] * 3 for p in top])
@@ -86,6 +94,10 @@ def test_confidence_mask():
     counted = jnp.array([[[True, True, True, False]]])
     labels = pseudo_labels(jax.random.key(0), probabilities, counted, jnp.zeros(3), 0.0, config)
     assert labels.tolist() == [[[255, 1, 2, 255]]]
+    config.threshold = 0.9
+    on_it = jnp.array([[[[0.9, 0.05, 0.05]]]], jnp.float32)
+    labels = pseudo_labels(jax.random.key(0), on_it, counted[..., :1], jnp.zeros(3), 0.0, config)
+    assert labels.tolist() == [[[0]]]  # a pixel at the threshold is kept
 
 
 def test_adaptive_mask_keeps_confident_classes_less_often():
