@@ -1,6 +1,8 @@
 """The examples of docs/ run as they are printed."""
 
 import ast
+import csv
+import itertools
 import re
 from pathlib import Path
 
@@ -17,6 +19,29 @@ PAGE = (DOCS / "use_in_your_code.md").read_text()
 EXAMPLES = dict(
     zip(("linen", "nnx"), re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL), strict=True)
 )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_tables_by_seed_hold_what_the_runs_came_to(page):
+    with (DOCS / "results" / "camvid_pretrained_runs.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    lines = iter((DOCS.parent / page).read_text().splitlines())
+    header = next(line for line in lines if re.match(r"\| mIoU %, 1/8, seed \| 0 \|", line))
+    seeds = [cell.strip() for cell in header.split("|")[2:] if cell.strip().isdigit()]
+    next(lines)
+    rows = []
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines):
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        rows.append(row := name.split(",")[0])
+        if "less" in row:
+            continue
+        found = [float(r["miou"]) for r in runs if (r["row"], r["partition"]) == (row, "1/8")]
+        assert len(found) == len(seeds) >= 8
+        np.testing.assert_allclose([float(c) for c in cells[:-1]], found, atol=0.0551)
+        mean, spread = map(float, cells[-1].split(" ± "))
+        np.testing.assert_allclose(mean, np.mean(found), atol=0.051)
+        np.testing.assert_allclose(spread, np.std(found, ddof=1), atol=0.051)
+    assert rows[:3] == ["supervised", "cutmix_mean_teacher", "csc"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
