@@ -172,8 +172,8 @@ def test_annealed_bootstrapped_cross_entropy(progress):
 
 
 def test_the_loss_is_the_papers():
-    method, state = toy_method(method__name="cct", train__steps=10, **FEW)
-    state = state.replace(step=jnp.int32(1))  # the ramp of one step is over
+    method, state = toy_method(method__name="cct", method__cct__ramp_up=0.4, train__steps=10, **FEW)
+    state = state.replace(step=jnp.int32(2))  # half of the ramp's four steps are over
     batch = toy_batch()
     images = jnp.concatenate([batch["labeled"]["image"], batch["unlabeled"]["image"]])
     label = batch["labeled"]["label"]
@@ -205,7 +205,7 @@ def test_the_loss_is_the_papers():
     loss_s = cross_entropy(full, np.asarray(label), np.ones(label.shape, bool))
     np.testing.assert_allclose(outputs.metrics["loss_u"], loss_u, rtol=1e-4)
     np.testing.assert_allclose(outputs.metrics["loss_s"], loss_s, rtol=1e-4)
-    np.testing.assert_allclose(loss, loss_s + 30.0 * loss_u, rtol=1e-4)
+    np.testing.assert_allclose(loss, loss_s + np.exp(-5 * 0.25) * 30.0 * loss_u, rtol=1e-4)
     expected = cct.annealed_cross_entropy(full, label, 0.1)
     np.testing.assert_allclose(annealed, expected, rtol=1e-5)
     # Every decoder learns, and so does the encoder.

@@ -111,9 +111,14 @@ def louder(state):
 
 
 def test_the_loss_is_the_papers():
-    method, state = toy_method(method__name="gct", method__gct__detector_width=2, train__steps=10)
+    method, state = toy_method(
+        method__name="gct",
+        method__gct__detector_width=2,
+        method__gct__ramp_up=0.4,
+        train__steps=10,
+    )
     louder(state)
-    state = state.replace(step=jnp.int32(2))  # the ramp of 1.5 steps is over
+    state = state.replace(step=jnp.int32(2))  # half of the ramp's four steps are over
     batch = toy_batch(size=(2, 64, 64))
     images = jnp.concatenate([batch["labeled"]["image"], batch["unlabeled"]["image"]])
     second, detector = state.companions["second"], state.companions["detector"]
@@ -161,7 +166,7 @@ def test_the_loss_is_the_papers():
     np.testing.assert_allclose(metrics["loss_u"], loss_dc, rtol=5e-3)
     np.testing.assert_allclose(metrics["loss_fc"], loss_fc, rtol=5e-3)
     np.testing.assert_allclose(metrics["loss_fd"], loss_fd, rtol=5e-3)
-    expected = sum(loss_s) + 100 * loss_dc + loss_fc + 10 * loss_fd
+    expected = sum(loss_s) + np.exp(-5 * 0.25) * 100 * loss_dc + loss_fc + 10 * loss_fd
     np.testing.assert_allclose(loss, expected, rtol=5e-3)
 
 
