@@ -4,6 +4,7 @@ import copy
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import Harness, tiny_config
@@ -237,6 +238,18 @@ def test_panels_show_what_a_method_teaches(name, network, unlabelled):
     elif unlabelled == "highest entropy":  # a fifth of the pixels before the first step (Sec. 3.2)
         entropy = -np.sum(p * np.log(p + 1e-10), axis=-1)
         np.testing.assert_array_equal(labelled, entropy < np.percentile(entropy, 80))
+
+
+@pytest.mark.parametrize("name", ["cutmix_mean_teacher", "u2pl"])
+@pytest.mark.parametrize(("step", "percentile"), [(0, 80), (3, 90), (6, 100)])
+def test_fewer_pixels_are_dropped_by_entropy_as_training_goes_on(name, step, percentile):
+    fields = {"method__pseudo_label__mode": "entropy", "train__steps": 6}
+    method, state, images = different_networks(method__name=name, **fields)
+    state = state.replace(step=jnp.int32(step))
+    shown = np.asarray(method.pseudo_labels(jax.random.key(0), state, images))
+    p = probabilities(method, state, images)["teacher"]
+    entropy = -np.sum(p * np.log(p + 1e-10), axis=-1)
+    np.testing.assert_array_equal(shown != 255, entropy < np.percentile(entropy, percentile))
 
 
 def test_a_panel_of_gct_shows_the_network_without_the_flaw(monkeypatch):
