@@ -68,24 +68,12 @@ class Recorder:
         self._steepest = (0.0, 0)  # largest finite gradient norm so far, and its step
         self._pending: tuple[int, dict[str, jax.Array], dict[str, list[str]]] | None = None
         self._window: list[dict[str, float]] = []
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Starts timing afresh, so that evaluation does not count as training time."""
-        self._since = time.perf_counter()
+        self._since = time.perf_counter()  # of the steps in the window
 
     def add(self, step: int, metrics: dict[str, jax.Array], images: dict[str, list[str]]) -> None:
-        """Takes metrics of a step just dispatched, and its ids; fetches those of the one before."""
-        self._fetch()
+        """Takes metrics of a step just dispatched, and its ids; flushes those of the one before."""
+        self.flush()
         self._pending = (step, metrics, images)
-
-    def flush(self) -> None:
-        """Fetches what is held back.
-
-        Raises:
-          Diverged: too many steps in a row were rejected.
-        """
-        self._fetch()
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps, as JSON holds it; nothing may be held back."""
@@ -105,9 +93,14 @@ class Recorder:
         """Shows new scores; what they took is no training time."""
         if self._progress is not None:
             self._progress.evaluated(step, scores.miou, scores.note)
-        self.restart_clock()
+        self._since = time.perf_counter()
 
-    def _fetch(self) -> None:
+    def flush(self) -> None:
+        """Fetches what is held back.
+
+        Raises:
+          Diverged: too many steps in a row were rejected.
+        """
         if self._pending is None:
             return
         step, on_device, images = self._pending
