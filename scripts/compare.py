@@ -35,8 +35,8 @@ class Difference:
     row: str
     partition: str
     by_seed: dict[int, float]
-    p: float | None  # None for a single pair
-    interval: tuple[float, float] | None  # 95%, of the mean
+    p: float | None  # None for a single pair, or pairs that differ by the same
+    interval: tuple[float, float] | None  # 95%, of the mean; None where p is
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
