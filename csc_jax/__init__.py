@@ -5,4 +5,4 @@ unlabelled images. `csc_jax.main` is the command line; `csc_jax.contrast` holds 
 contribution and needs nothing but JAX.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -37,7 +37,7 @@ class Restored:
     state: TrainState
     loop: dict[str, Any]  # what the host loop needs to go on, as JSON holds it
     probe: np.ndarray | None  # the probe's features, see `save`
-    run: dict[str, Any]  # what the run says of itself: config, class names, palette
+    run: dict[str, Any]  # what the run says of itself (`train.describe`)
 
 
 class Checkpointer:
@@ -214,7 +214,7 @@ class Checkpointer:
         return Restored(restored["state"], restored["loop"], probe, run["run"])
 
     def describe(self, which: str = "latest") -> dict[str, Any]:
-        """Returns what the run says of itself in a checkpoint: config, class names, palette.
+        """Returns what the run says of itself in a checkpoint (`train.describe`).
 
         Raises:
           UserError: there is no such checkpoint.

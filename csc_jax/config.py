@@ -86,6 +86,7 @@ def default_config() -> ConfigDict:
     )
     c.method.supervised_only_epochs = 0.0  # the same in epochs; replaces the steps where > 0
     c.method.lambda_u = 1.0  # weight of L_u (Eq. 1, decisions.md 17)
+    c.method.unsupervised_mean = "kept"  # kept | all: pixels that L_u divides by (decisions.md 13a)
     c.method.cutmix = 1.0  # probability of CutMix per unlabelled image (decisions.md 23)
     c.method.color_jitter = 0.0  # probability of colour jitter, strong view (decisions.md 23)
     c.method.grayscale = 0.0  # probability of grey-scale, strong view (decisions.md 23)
@@ -176,6 +177,9 @@ def default_config() -> ConfigDict:
     c.contrast = ConfigDict()  # the paper's module, part of csc; Tables I to IV switch its parts
     c.contrast.weight = 1.0  # lambda_c (Eq. 1, decisions.md 17)
     c.contrast.start = 0  # step from which L_p or L_c counts (decisions.md 11)
+    c.contrast.halves = (
+        "separate"  # separate | together: labelled and unlabelled (decisions.md 10a)
+    )
     c.contrast.memory_bank = True  # Tables I, II; False = L_p over the mini-batch (Eq. 5)
     c.contrast.top_n = 1  # N of Eq. 6b (decisions.md 18); 0 = all positives
     c.contrast.consistency = True  # Eq. 8 on the bank before each enqueue
@@ -218,7 +222,7 @@ def default_config() -> ConfigDict:
     c.train.max_rejected = 10  # steps in a row without finite loss and gradient that end a run
 
     c.eval = ConfigDict()
-    c.eval.split = "val"  # split that is scored
+    c.eval.split = "val"  # split that is scored, or several as one, such as val+test
     c.eval.network = "teacher"  # teacher (decisions.md 19) | student
     c.eval.mode = "whole"  # whole | sliding | center_crop (decisions.md 25)
     c.eval.window = (0, 0)  # (height, width) px of window or centre crop; (0, 0) = data.crop_size

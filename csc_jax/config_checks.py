@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from csc_jax import changes
 from csc_jax.config import default_config, flatten, to_plain
 from csc_jax.errors import UserError
 
@@ -17,7 +18,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "model.output_stride": (8, 16, 32),
     "model.dtype": ("float32", "bfloat16"),
     "method.contrast": ("none", "csc"),
+    "method.unsupervised_mean": ("kept", "all"),
     "method.pseudo_label.mode": ("adaptive", "entropy", "confidence"),
+    "contrast.halves": ("separate", "together"),
     "contrast.consistency_gate": ("strict", "range", "off"),
     "contrast.enqueue_gate": ("strict", "range", "off"),
     "contrast.class_mean": ("per_image", "pooled"),
@@ -195,21 +198,24 @@ _MAY_CHANGE = (
 )
 
 
-def check_resumed(stored: dict[str, Any], config: ConfigDict) -> list[str]:
+def check_resumed(stored: dict[str, Any], config: ConfigDict, version: str) -> list[str]:
     """Compares the config of a checkpoint with the one that is to continue it.
 
     Args:
       stored: `to_plain` of the resolved config in the checkpoint.
       config: resolved.
+      version: of this package, that wrote the checkpoint.
 
     Returns:
       One line for each field that differs and may.
 
     Raises:
-      UserError: fields differ that make it another run; it names each with both values.
+      UserError: fields differ that make it another run; it names each with both values. Or it
+        cannot be continued by this version (`changes`).
     """
-    now = to_plain(config)
-    before = to_plain(default_config()) | stored  # a version before may have had fewer fields
+    now, defaults = to_plain(config), to_plain(default_config())
+    before = defaults | stored  # a version before may have had fewer fields
+    before = before | changes.fields_before(before, version) | stored
     changed = [name for name in now if now[name] != before[name]]
     lines = {name: f"{name}: {before[name]} before, {now[name]} now" for name in changed}
     refused = [name for name in changed if not name.startswith(_MAY_CHANGE)]

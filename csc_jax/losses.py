@@ -64,11 +64,10 @@ def ohem_cross_entropy(
 
 
 def unsupervised_cross_entropy(logits: Array, labels: Array, counted: Array) -> Array:
-    """Returns L_u (Eq. 3): cross entropy on pseudo-labels, () float32.
+    """Returns cross entropy on pseudo-labels, averaged over all `counted` pixels, () float32.
 
-    The mean runs over all pixels that could have had a pseudo-label, those that the mask M drops
-    included as zeros. So a batch with few confident pixels has little weight; dividing by the kept
-    ones instead would let the few lucky guesses of an untrained teacher drive a full-size step.
+    Pixels that the mask M drops count as zeros, so a batch with few confident pixels has little
+    weight (UniMatch's code; decisions.md 13a, "all"). `cross_entropy` averages over the kept ones.
 
     Args:
       logits: (..., C) float, the student's on the strong view.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+import csc_jax
 from csc_jax import config as config_lib
 from csc_jax import config_checks, data, distributed, visualize
 from csc_jax.background import in_background
@@ -214,8 +215,12 @@ def _draw(
 
 
 def describe(experiment: Experiment) -> dict[str, Any]:
-    """Returns what a checkpoint says of itself, as JSON holds it: config, class names, palette."""
+    """Returns what a checkpoint says of itself, as JSON holds it.
+
+    The version of this package, the config, class names and palette.
+    """
     return {
+        "version": csc_jax.__version__,
         "config": config_lib.to_plain(experiment.config),
         "class_names": list(experiment.class_names),
         "palette": experiment.palette.tolist(),
@@ -254,5 +259,6 @@ def _log_what_is_run(
 
 
 def _check_resumed(stored: dict[str, Any], config: ConfigDict) -> None:
-    for line in config_checks.check_resumed(stored["config"], config):
+    version = stored.get("version", "0.1.0")  # which did not say so
+    for line in config_checks.check_resumed(stored["config"], config, version):
         log.info("changed since the checkpoint: %s", line)

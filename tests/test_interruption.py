@@ -18,8 +18,8 @@ import pytest
 from tiny import tiny_config
 from toy_network import toy_harness
 
+from csc_jax import __version__, config_checks, data, losses, writers
 from csc_jax import config as config_lib
-from csc_jax import config_checks, data, losses, writers
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import Diverged, Interrupted, UserError
 from csc_jax.experiment import build
@@ -163,12 +163,13 @@ def test_a_changed_config_is_told_apart_by_what_it_alters(whole, caplog):
     stored = config_lib.to_plain(config_lib.resolve(whole[0], steps_per_epoch=4))
     config = config_lib.resolve(whole[0], steps_per_epoch=4)
     config.train.steps, config.train.log_every, config.data.threads = 5, 7, 3
-    assert config_checks.check_resumed(stored, config) == [
+    assert config_checks.check_resumed(stored, config, __version__) == [
         "data.threads: 0 before, 3 now",
         "train.log_every: 1 before, 7 now",
         "train.steps: 4 before, 5 now",
     ]
-    assert config_checks.check_resumed({}, config_lib.default_config()) == []  # of an older version
+    fewer = {"seed": 0}  # before there were other fields
+    assert config_checks.check_resumed(fewer, config_lib.default_config(), __version__) == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "deleted"])

@@ -1,6 +1,9 @@
 """Prepared data sets: random access to decoded images and labels."""
 
+import bisect
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,10 +76,46 @@ class Dataset:
     sources: Mapping[str, Source]
 
     def source(self, split: str) -> Source:
-        """Returns the split, or a UserError that names those there are."""
-        if split not in self.sources:
+        """Returns a split, or several as one for a name such as "val+test".
+
+        Raises:
+          UserError: there is no such split; it names those there are. Or two share an id.
+        """
+        names = split.split("+")
+        for name in names:
+            if name not in self.sources:
+                raise UserError(
+                    f"The data set {self.name} has no split {name!r}; it has "
+                    f"{', '.join(self.sources)} (config field eval.split, {split!r})."
+                )
+        parts = [self.sources[name] for name in names]
+        if len(parts) == 1:
+            return parts[0]
+        ids = tuple(itertools.chain.from_iterable(part.ids for part in parts))
+        if len(set(ids)) < len(ids):
+            twice = next(name for name, count in Counter(ids).items() if count > 1)
             raise UserError(
-                f"The data set {self.name} has no split {split!r}; it has "
-                f"{', '.join(self.sources)} (config field eval.split)."
+                f"The image {twice} is in more than one of the splits of eval.split, {split!r}. "
+                "Score them one by one."
             )
-        return self.sources[split]
+        return Source(
+            ids=ids,
+            max_size=(max(p.max_size[0] for p in parts), max(p.max_size[1] for p in parts)),
+            records=_Chain([part.records for part in parts]),
+            without_label=frozenset().union(*(part.without_label for part in parts)),
+        )
+
+
+class _Chain(Sequence):
+    """Sequences one after the other, read in place."""
+
+    def __init__(self, parts: list[Sequence]):
+        self._parts = parts
+        self._ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        part = bisect.bisect_right(self._ends, index)
+        return self._parts[part][index - self._ends[part] + len(self._parts[part])]

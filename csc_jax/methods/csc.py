@@ -37,6 +37,8 @@ class _Drawn(NamedTuple):
 class CSC(Method):
     """L = L_base + lambda_c L_c, with L_p in place of L_c until the memory bank is ready.
 
+    L_c is the sum of a loss over the labelled and one over the unlabelled queries.
+
     Attributes:
       base: the method below, built `with_pixels`; the paper's baseline where none is given.
       start: first step in which the module takes part.
@@ -73,7 +75,7 @@ class CSC(Method):
         total, outputs = self.base.loss(params, state, batch, base_key)
         assert outputs.pixels is not None  # the base was built `with_pixels`
         drawn = self._sample(sample_key, outputs.pixels)
-        loss_c = self._contrastive_loss(state, drawn.queries)
+        loss_c = self._contrastive_loss(state, drawn.queries, len(batch["labeled"]["image"]))
         total = total + self.task.config.contrast.weight * loss_c
         # What the bank is to see and no map, which would have to outlive the backward pass.
         carry = {"base": outputs.carry, "drawn": jax.lax.stop_gradient(drawn)}
@@ -128,39 +130,52 @@ class CSC(Method):
             _flat(pixels.predictions),
         )
 
-    def _contrastive_loss(self, state: TrainState, queries: contrast.Samples) -> Array:
-        """Returns the one loss that is in force, () float32; the others are not computed."""
-        config = self.task.config.contrast
-        features = contrast.normalize(queries.features)
-        dim = features.shape[-1]
-        flat = features.reshape(-1, dim)  # (B C V, D)
-        labels = jnp.broadcast_to(_class_ids(queries.valid), queries.valid.shape).reshape(-1)
-        valid = queries.valid.reshape(-1)
+    def _contrastive_loss(
+        self, state: TrainState, queries: contrast.Samples, labeled: int
+    ) -> Array:
+        """Returns the one loss that is in force, () float32; the others are not computed.
 
-        def none(_: Array) -> Array:
+        The loss of Algorithm 1 is a sum of two, over the queries of the first `labeled` images and
+        over the others', each with the keys of its own half and the bank (decisions.md 10a).
+        """
+        config = self.task.config.contrast
+        labels = jnp.broadcast_to(_class_ids(queries.valid), queries.valid.shape)
+        everything = contrast.normalize(queries.features), labels, queries.valid  # (B, C, V, …)
+        halves = [everything]
+        if config.halves == "separate" and labeled < len(labels):
+            halves = [
+                jax.tree.map(lambda x: x[:labeled], everything),
+                jax.tree.map(lambda x: x[labeled:], everything),
+            ]
+
+        def loss(bank: contrast.MemoryBank | None, top_n: int | None) -> Array:
+            losses = [
+                contrast.contrastive_loss(
+                    features.reshape(-1, features.shape[-1]),  # (B C V, D)
+                    labels.reshape(-1),
+                    valid.reshape(-1),
+                    bank,
+                    temperature=config.temperature,
+                    top_n=top_n,
+                )
+                for features, labels, valid in halves
+            ]
+            return sum(losses, jnp.zeros(()))
+
+        def none() -> Array:
             return jnp.zeros(())
 
-        def pixel_wise(flat: Array) -> Array:  # L_p, Eq. 5
-            return contrast.contrastive_loss(flat, labels, valid, temperature=config.temperature)
+        def pixel_wise() -> Array:  # L_p, Eq. 5
+            return loss(None, None)
 
-        def with_bank(flat: Array) -> Array:  # L_c, Eq. 6
-            return contrast.contrastive_loss(
-                flat,
-                labels,
-                valid,
-                state.bank,
-                temperature=config.temperature,
-                top_n=config.top_n or None,
-            )
+        def with_bank() -> Array:  # L_c, Eq. 6
+            return loss(state.bank, config.top_n or None)
 
         active = (state.step >= self.start).astype(jnp.int32)
         if state.bank is None:
-            return jax.lax.switch(active, (none, pixel_wise), flat)
-        return jax.lax.switch(
-            active * (1 + self._ready(state.bank).astype(jnp.int32)),
-            (none, pixel_wise, with_bank),
-            flat,
-        )
+            return jax.lax.switch(active, (none, pixel_wise))
+        ready = self._ready(state.bank).astype(jnp.int32)
+        return jax.lax.switch(active * (1 + ready), (none, pixel_wise, with_bank))
 
     def _ready(self, bank: contrast.MemoryBank) -> Array:
         config = self.task.config.contrast

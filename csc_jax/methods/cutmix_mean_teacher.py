@@ -57,7 +57,7 @@ class CutMixMeanTeacher(Method):
             None if student.aux is None else student.aux[:images_l],
             labeled["label"],
         )
-        loss_u = losses.unsupervised_cross_entropy(
+        loss_u = self._unsupervised_loss(
             resize_aligned(student.logits[images_l:], size), pseudo_mixed, inside_mixed
         )
         active = state.step >= config.supervised_only
@@ -73,6 +73,15 @@ class CutMixMeanTeacher(Method):
         carry = {"logits_l": jax.lax.stop_gradient(student.logits[:images_l])}
         carry["labels_l"] = augment.nearest(labeled["label"], shared.size_of(student.logits))
         return total, LossOutputs({"student": batch_stats}, metrics, pixels, carry)
+
+    def _unsupervised_loss(self, logits: Array, pseudo: Array, inside: Array) -> Array:
+        """Returns L_u (Eq. 3, decisions.md 13a), () float32, of (B, H, W, C), (B, H, W) twice."""
+        config = self.task.config.method
+        if config.unsupervised_mean == "all":
+            return losses.unsupervised_cross_entropy(logits, pseudo, inside)
+        if config.pseudo_label.mode == "entropy":
+            return losses.reweighted_cross_entropy(logits, pseudo)
+        return losses.cross_entropy(logits, pseudo)
 
     def pseudo_labels(
         self, key: Array, state: TrainState, images: Array, inside: Array | None = None
