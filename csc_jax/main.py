@@ -187,11 +187,11 @@ def dispatch(config: ConfigDict) -> None:
             )
         experiment, network, _ = load(config, workdir, _CHECKPOINT.value)
         predict_folder(
-            partial(experiment.predict_image, network),
+            partial(experiment.segment, network),
             _path(_IMAGES),
             _path(_OUT),
             palette=experiment.palette,
-            image_size=tuple(config.data.image_size),
+            class_names=experiment.class_names,
         )
 
 
