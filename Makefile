@@ -66,6 +66,7 @@ $(READY): requirements.txt pyproject.toml
 		"$(PYTHON)" -m venv --clear $(VENV); \
 	fi
 	@rm -f $(READY) && touch $(UNFINISHED)
-	$(RUN) pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "Installing the packages of requirements.txt into $(VENV), once: some minutes, 1.4 GB."
+	$(RUN) pip install --disable-pip-version-check -r requirements.txt
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@mv $(UNFINISHED) $(READY)
