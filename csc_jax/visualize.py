@@ -46,7 +46,7 @@ _SWATCH = 14
 _LETTER = 7  # mean width at font size 9, rounded up
 _TITLE_LETTER = 11  # likewise of a title
 _HATCH_PERIOD = 8
-_FULL_SIZE = 1000  # width up to which the legend of a picture is drawn at font size 9
+_FULL_SIZE = 1000  # px of a picture's width for which its legend has letters of size 9
 
 
 class _Chart(NamedTuple):
@@ -124,7 +124,8 @@ def with_legend(picture: np.ndarray, palette: np.ndarray, class_names: Sequence[
       (H + h, W', 3) uint8 RGB, white where there is nothing; W' is W or the length of a long name.
     """
     height, width, _ = picture.shape
-    legend = _legend(_colors(palette), tuple(class_names), width)
+    scale = max(1, round(width / _FULL_SIZE))
+    legend = _legend(_colors(palette), tuple(class_names), width, scale)
     below, wide, _ = legend.shape
     whole = np.full((height + below, max(width, wide), 3), 255, np.uint8)
     whole[:height, :width] = picture
@@ -187,18 +188,18 @@ def save_panel(
 
 
 @functools.lru_cache(maxsize=4)  # predict asks for the same one for each image
-def _legend(colors: "Colors", names: tuple[str, ...], width: int) -> np.ndarray:
+def _legend(colors: "Colors", names: tuple[str, ...], width: int, scale: int = 1) -> np.ndarray:
     """Draws the names of classes, each beside a swatch of its colour.
 
     Args:
       colors: one a class.
       names: one a class, and perhaps one more for hatched areas.
-      width: px to fill, line by line; larger ones get larger letters.
+      width: px to fill, line by line.
+      scale: of letters and swatches.
 
     Returns:
       (h, w, 3) uint8 RGB; w is `width`, or more where an entry is longer.
     """
-    scale = max(1, round(width / _FULL_SIZE))
     line, swatch, letter = scale * _LEGEND_LINE, scale * _SWATCH, scale * _LETTER
     entry = swatch + 20 * scale + letter * max(map(len, names))
     entries = max(1, width // entry)
@@ -312,7 +313,7 @@ def _style(axes: "Axes", title: str, width: int) -> None:
         columnspacing=1.2,
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        borderaxespad=0,
+        borderaxespad=0.3,
         borderpad=0.2,
         alignment="left",
         frameon=False,
@@ -393,7 +394,9 @@ def _figure(width: int, height: int) -> "Figure":
 def _write(figure: "Figure", x: int, y: int, text: str, **style: Any) -> None:
     """Writes `text` vertically centred on (x, y) px from the lower left corner."""
     width, height = figure.bbox.size
-    figure.text(x / width, y / height, text, va="center", color=_INK, **style)
+    where = x / width, y / height
+    # Names of classes and files are the user's, and no formulas.
+    figure.text(*where, text, va="center", color=_INK, parse_math=False, **style)
 
 
 def _pixels(figure: "Figure") -> np.ndarray:

@@ -127,6 +127,17 @@ def test_the_examples_of_help_work(mode, monkeypatch):
     check(f"csc-jax {command_help.EXAMPLES[mode]}", monkeypatch)
 
 
+def test_what_the_demo_suggests_works(monkeypatch):
+    demo = runpy.run_path(str(ROOT / "scripts" / "demo.py"))
+    text = demo["_next_steps"](Path("runs/demo/csc seed 0"))
+    suggested = [line for line in text.splitlines() if "csc_jax.main" in line]
+    assert len(suggested) == 4
+    for line in suggested:
+        check(f"python {line[line.index('-m csc_jax') :]}", monkeypatch)
+    monkeypatch.chdir(Path(sys.executable).parents[1])  # as in a checkout with its .venv
+    assert " bin/python" in demo["_next_steps"](Path("W"))
+
+
 @pytest.mark.parametrize("reason", NOT_RUN)
 def test_what_is_not_run_is_still_printed(reason):
     assert any(reason in line for _, line in PRINTED)

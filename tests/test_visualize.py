@@ -57,6 +57,15 @@ def test_a_legend_stands_below_a_picture_that_stays_as_it_is(width, side):
         assert (beside < 128).all(axis=-1).any(), name  # dark letters
 
 
+def test_names_are_no_formulas():
+    names = ("$\\frac", "100$ bill$_", "Straße")
+    assert visualize.with_legend(np.zeros((9, 300, 3), np.uint8), PALETTE, names).shape == (
+        33,
+        300,
+        3,
+    )
+
+
 def test_overlay_blends_half_and_half():
     image = np.full((2, 2, 3), 100, np.uint8)
     blend = visualize.overlay(image, np.array([[0, 1], [2, 2]], np.uint8), PALETTE)
@@ -100,9 +109,9 @@ def test_panel_has_a_legend_entry_for_each_class(tmp_path):
 def test_the_legend_says_what_is_hatched(tmp_path, monkeypatch):
     seen, legend = [], visualize._legend
 
-    def spy(colors, names, width):
+    def spy(colors, names, *size):
         seen.append(names)
-        return legend(colors, names, width)
+        return legend(colors, names, *size)
 
     monkeypatch.setattr(visualize, "_legend", spy)
     picture = np.full((64, 64, 3), 255, np.uint8)
