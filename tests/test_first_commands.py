@@ -104,6 +104,15 @@ def test_an_unknown_config_is_answered_with_the_names(value, tmp_path, monkeypat
     assert ("Did you mean --config=camvid?" in str(caught.value)) == ("camvi" in value)
 
 
+def test_a_config_that_cannot_be_loaded_is_named(tmp_path, capsys):
+    path = tmp_path / "own.py"
+    path.write_text("open('a file that is not there')")
+    assert run(f"--config={path}", "--workdir=x") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --config cannot be read.")
+    assert "a file that is not there" in error
+
+
 def test_answers_come_without_importing_jax(tmp_path):
     """In a process of its own, in another folder; the config's own values and overrides count."""
     calls = [
