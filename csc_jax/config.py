@@ -1,7 +1,7 @@
 """Every field of a run, with unit and source; a file in `configs/` changes the few it needs.
 
-`decisions.md N` is row N of the project's list of settled questions, `lineage` the family of
-public training codes that the paper builds on (U2PL, ContrastiveSeg, AEL).
+`decisions.md N` is row N of docs/decisions.md, `lineage` the family of public training codes that
+the paper builds on (U2PL, ContrastiveSeg, AEL).
 """
 
 import json

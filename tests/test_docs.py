@@ -21,6 +21,22 @@ EXAMPLES = dict(
 )
 
 
+def test_every_cited_decision_is_there():
+    anchors = set(re.findall(r'<a id="(\w+)"></a>', (DOCS / "decisions.md").read_text()))
+    root = DOCS.parent
+    files = [root / "README.md", *DOCS.glob("*.md")]
+    files += [p for d in ("csc_jax", "configs", "scripts", "tests") for p in (root / d).rglob("*.py")]
+    number, cited = r"\d+[a-c]?", set()
+    for file in files:
+        # A line break, with what marks a comment, may stand between any two words.
+        text = re.sub(r"\s*\n[\s#>|]*", " ", file.read_text())
+        for numbers in re.findall(rf"decisions\.md ({number}(?:(?:, | and | to ){number})*)", text):
+            cited |= {(file.name, each) for each in re.findall(number, numbers)}
+        cited |= {(file.name, each) for each in re.findall(r"decisions\.md#([\w-]+)", text)}
+    assert len(cited) > 60
+    assert {each for each in cited if each[1] not in anchors} == set()
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_tables_by_seed_hold_what_the_runs_came_to(page):
     with (DOCS / "results" / "camvid_pretrained_runs.csv").open() as file:

@@ -63,7 +63,7 @@ def write_partition(lists: Partition, workdir: Path) -> None:
 
 def _draw(fraction: fractions.Fraction, source: Source, seed: int) -> Partition:
     able = [name for name in source.ids if name not in source.without_label]
-    # Rounded up: gives the published counts of both benchmarks (decisions.md, partitions).
+    # Rounded up: gives the published counts of both benchmarks (decisions.md#partitions).
     count = math.ceil(len(able) * fraction)
     order = np.random.default_rng(seed).permutation(len(able))
     chosen = {able[i] for i in order[:count]}

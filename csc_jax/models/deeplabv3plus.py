@@ -1,4 +1,4 @@
-"""DeepLabv3+ with a projection head (decisions.md 16 and "Recipe facts of the lineage")."""
+"""DeepLabv3+ with a projection head (decisions.md 16 and decisions.md#recipe)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
