@@ -1,9 +1,10 @@
-"""pyproject.toml, requirements.txt and the sources name the same packages."""
+"""pyproject.toml, the files of pins, the sources and the tests name the same packages."""
 
 import ast
 import re
 import sys
 import tomllib
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -15,14 +16,17 @@ import csc_jax
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINS = [
-    Requirement(line)
-    for line in (ROOT / "requirements.txt").read_text().splitlines()
-    if not line.startswith("#")
-]
-RANGES = [
-    Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
-]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def requirements(lines: Iterable[str]) -> list[Requirement]:
+    return [Requirement(line) for line in lines if not line.startswith("#")]
+
+
+PINS = requirements((ROOT / "requirements.txt").read_text().splitlines())
+PARITY_PINS = requirements((ROOT / "requirements-parity.txt").read_text().splitlines())
+RANGES = [(wanted, PINS) for wanted in requirements(PROJECT["dependencies"] + EXTRAS["dev"])]
+RANGES += [(wanted, PARITY_PINS) for wanted in requirements(EXTRAS["parity"])]
 
 
 def pinned_version(pin: Requirement) -> str:
@@ -31,10 +35,10 @@ def pinned_version(pin: Requirement) -> str:
     return specifier.version
 
 
-@pytest.mark.parametrize("wanted", RANGES, ids=lambda requirement: requirement.name)
-def test_pins_lie_in_the_declared_ranges(wanted):
+@pytest.mark.parametrize(("wanted", "pins"), RANGES, ids=lambda value: getattr(value, "name", ""))
+def test_pins_lie_in_the_declared_ranges(wanted, pins):
     name = canonicalize_name(wanted.name)
-    versions = [pinned_version(pin) for pin in PINS if canonicalize_name(pin.name) == name]
+    versions = [pinned_version(pin) for pin in pins if canonicalize_name(pin.name) == name]
     assert versions
     assert all(version in wanted.specifier for version in versions)
 
@@ -49,7 +53,7 @@ def test_exactly_one_pin_applies_here_and_is_installed():
 
 def test_every_imported_package_is_declared():
     provided_by = metadata.packages_distributions()
-    ranges = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    ranges = [PROJECT["dependencies"], *EXTRAS.values()]
     declared = {canonicalize_name(Requirement(text).name) for texts in ranges for text in texts}
     for path in (ROOT / "csc_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -64,6 +68,13 @@ def test_every_imported_package_is_declared():
                     continue
                 providers = {canonicalize_name(name) for name in provided_by.get(top, [top])}
                 assert providers & declared, f"{path} imports {top}"
+
+
+def test_make_parity_runs_what_is_skipped_without_a_package():
+    for path in (ROOT / "tests").glob("test_*.py"):
+        text = path.read_text()
+        if re.search(r"importorskip\(|load_torchvision\(|find_spec\(.*\) is None", text):
+            assert "mark.parity" in text, path.name
 
 
 def test_version_has_one_source():
