@@ -5,9 +5,12 @@ gives it for segmentation: no EMA in the pseudo-labels, a threshold of 0.95, and
 L = (L_s + L_u) / 2, L_u averaged over all pixels. The strong view is that of the authors' code
 (`config.method.unimatch_view`), whatever the other methods of a comparison have.
 
-What differs: labelled, weak and strong images make one batch, so that BatchNorm sees them together
-(theirs: the strong view apart); an image's CutMix partner is the next one of the batch. An EMA of
-the student is kept for evaluation, as in every row.
+Labels are made in training mode, in one batch with the labelled images, without dropout, which
+their network has not; strong views are a batch of their own.
+
+What differs: an image's CutMix partner is the next one of the batch, with the labels that it gets
+there (theirs: an image of another batch, in evaluation mode); all but the weak view goes through
+the dropout that every row has. An EMA of the student is kept for evaluation, as in every row.
 """
 
 from typing import Any
@@ -19,7 +22,7 @@ from jax import Array
 from csc_jax import augment, losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
-from csc_jax.models import resize_aligned
+from csc_jax.models import no_dropout, resize_aligned
 from csc_jax.state import TrainState, update_ema
 
 
@@ -30,20 +33,24 @@ class FixMatch(Method):
         self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
     ) -> tuple[Array, LossOutputs]:
         task, config = self.task, self.task.config.method
-        view_key, dropout_key = jax.random.split(key)
+        view_key, weak_key, strong_key = jax.random.split(key, 3)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
         strong, mask = shared.strong_view(view_key, weak, config.unimatch_view)
 
-        student, batch_stats = task.train_forward(
-            params["student"],
-            state.student.batch_stats,
-            jnp.concatenate([labeled["image"], weak, strong]),
-            dropout_key,
-            projection=self.with_pixels,
+        with no_dropout(slice(labeled["image"].shape[0], None)):
+            student, batch_stats = task.train_forward(
+                params["student"],
+                state.student.batch_stats,
+                jnp.concatenate([labeled["image"], weak]),
+                weak_key,
+                projection=self.with_pixels,
+            )
+        of_strong, batch_stats = task.train_forward(
+            params["student"], batch_stats, strong, strong_key, projection=self.with_pixels
         )
-        of_labeled, of_weak, of_strong = shared.split(student, labeled["image"], weak, strong)
+        of_labeled, of_weak = shared.split(student, labeled["image"], weak)
         pseudo = shared.confident_labels(of_weak.logits, inside, config.fixmatch.threshold)
         pseudo_mixed = augment.mix(mask, pseudo)
         loss_s = task.supervised_loss(of_labeled.logits, of_labeled.aux, labeled["label"])

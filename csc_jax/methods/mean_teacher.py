@@ -7,8 +7,10 @@ images; student and teacher each see a view and drop units of their own.
 
 What differs: pixels take the place of images; predictions are compared where the network makes
 them, at stride 4; views also get the photometric operations of `config.method`; optimizer, the
-decay of the EMA and all else are those of every other row (decisions.md 19). The baseline of the
-CSC paper, with pseudo-labels and CutMix, is `cutmix_mean_teacher`.
+decay of the EMA and all else are those of every other row (decisions.md 19). A contrastive module
+on top gets pseudo-labels, which never pass through dropout (decisions.md 19c): those of the teacher
+in evaluation mode, on the images as they are. The baseline of the CSC paper, with pseudo-labels and
+CutMix, is `cutmix_mean_teacher`.
 """
 
 from typing import Any
@@ -71,7 +73,8 @@ class MeanTeacher(Method):
         )
         pixels = None
         if self.with_pixels:
-            confident = shared.likeliest(target, inside_u, config.pseudo_label.threshold)
+            logits = task.eval_forward(state.teacher, unlabeled["image"]).logits
+            confident = shared.confident_labels(logits, inside_u, config.pseudo_label.threshold)
             labels = jnp.concatenate([labeled["label"].astype(jnp.int32), confident])
             features = shared.bank_features(
                 task, state, student, labeled["image"], unlabeled["image"]

@@ -6,9 +6,14 @@ Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic 
 2 x 0.25, the threshold of 0.95 and L = (L_s + L_u) / 2. The strong views are those of their code
 (`config.method.unimatch_view`), whatever the other methods of a comparison have.
 
-What differs: all views make one batch, so that BatchNorm sees them together (theirs: the strong
-views apart); an image's CutMix partner is the next one of the batch. An EMA of the student is kept
-for evaluation, as in every row.
+Labels are made in training mode, in one batch with the labelled images, without dropout, which
+their network has not; strong views are a batch of their own.
+
+What differs: an image's CutMix partner is the next one of the batch, with the labels that it gets
+there (theirs: an image of another batch, in evaluation mode); only the weak images' features are
+perturbed (theirs: the labelled images' too, which nothing but the decoder's BatchNorm sees); all
+but the weak view goes through the dropout that every row has. An EMA of the student is kept for
+evaluation, as in every row.
 """
 
 from typing import Any
@@ -20,7 +25,7 @@ from jax import Array
 from csc_jax import augment, losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
-from csc_jax.models import Features, resize_aligned
+from csc_jax.models import Features, no_dropout, resize_aligned
 from csc_jax.state import TrainState, update_ema
 
 
@@ -31,35 +36,43 @@ class UniMatch(Method):
         self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
     ) -> tuple[Array, LossOutputs]:
         task, config = self.task, self.task.config.method
-        first_key, second_key, feature_key, dropout_key = jax.random.split(key, 4)
+        first_key, second_key, feature_key, weak_key, strong_key = jax.random.split(key, 5)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
         strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_view)
         strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
-        start, end = labeled["image"].shape[0], labeled["image"].shape[0] + weak.shape[0]
+        labeled_images = labeled["image"].shape[0]
+        weak_rows = slice(labeled_images, labeled_images + weak.shape[0])
 
         def with_perturbed_weak(features: Features) -> Features:
             low_key, deep_key = jax.random.split(feature_key)
             rate = config.unimatch.feature_dropout
-            low = drop_channels(low_key, features.low[start:end], rate)
-            deep = drop_channels(deep_key, features.deep[start:end], rate)
+            low = drop_channels(low_key, features.low[weak_rows], rate)
+            deep = drop_channels(deep_key, features.deep[weak_rows], rate)
             return features._replace(
                 low=jnp.concatenate([features.low, low]),
                 deep=jnp.concatenate([features.deep, deep]),
             )
 
-        student, batch_stats = task.train_forward(
+        with no_dropout(weak_rows):
+            student, batch_stats = task.train_forward(
+                params["student"],
+                state.student.batch_stats,
+                jnp.concatenate([labeled["image"], weak]),
+                weak_key,
+                projection=self.with_pixels,
+                perturb=with_perturbed_weak,
+            )
+        strong, batch_stats = task.train_forward(
             params["student"],
-            state.student.batch_stats,
-            jnp.concatenate([labeled["image"], weak, strong1, strong2]),
-            dropout_key,
+            batch_stats,
+            jnp.concatenate([strong1, strong2]),
+            strong_key,
             projection=self.with_pixels,
-            perturb=with_perturbed_weak,
         )
-        of_labeled, of_weak, of_strong1, of_strong2, perturbed = shared.split(
-            student, labeled["image"], weak, strong1, strong2, weak
-        )
+        of_labeled, of_weak, perturbed = shared.split(student, labeled["image"], weak, weak)
+        of_strong1, of_strong2 = shared.split(strong, strong1, strong2)
         pseudo = shared.confident_labels(of_weak.logits, inside, config.unimatch.threshold)
         loss_s = task.supervised_loss(of_labeled.logits, of_labeled.aux, labeled["label"])
 
