@@ -4,7 +4,8 @@ Ouali et al., "Semi-supervised semantic segmentation with cross-consistency trai
 Sec. 3.2: L = L_s + omega_u L_u on a shared encoder, where L_u is the mean squared difference of the
 auxiliary decoders' softmax from the main decoder's, which gets no gradient from it, on unlabelled
 images alone; the seven perturbation functions; annealed bootstrapped cross entropy as an option for
-L_s. Numbers of decoders and all constants are those of the authors' code.
+L_s. Numbers of decoders and all constants are those of the authors' code; as in it, labelled and
+unlabelled images are batches of their own, the latter without dropout but for the perturbations.
 
 What differs: the encoder is that of every other row up to ASPP (`Outputs.encoded`), and the main
 decoder that of DeepLabv3+; auxiliary decoders are theirs, a 1x1 convolution to the classes and
@@ -31,7 +32,7 @@ from ml_collections import ConfigDict
 from csc_jax import augment, losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
-from csc_jax.models import Outputs, no_dropout, resize_aligned
+from csc_jax.models import Outputs, resize_aligned
 from csc_jax.state import Network, TrainState, update_ema
 
 
@@ -51,7 +52,6 @@ class CCT(Method):
         task, config = self.task, self.task.config.method
         dropout_key, perturb_key = jax.random.split(key)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
-        # Each a batch of its own, for BatchNorm too (the authors' code).
         of_labeled, batch_stats = task.train_forward(
             params["student"],
             state.student.batch_stats,
@@ -59,14 +59,14 @@ class CCT(Method):
             dropout_key,
             projection=self.with_pixels,
         )
-        with no_dropout():  # nothing but the auxiliary decoders' perturbations
-            of_unlabeled, batch_stats = task.train_forward(
-                params["student"],
-                batch_stats,
-                unlabeled["image"],
-                dropout_key,
-                projection=self.with_pixels,
-            )
+        of_unlabeled, batch_stats = task.train_forward(
+            params["student"],
+            batch_stats,
+            unlabeled["image"],
+            dropout_key,
+            projection=self.with_pixels,
+            dropout=False,
+        )
         loss_s = self._supervised_loss(state.step, of_labeled, labeled["label"])
 
         logits_u = jax.lax.stop_gradient(of_unlabeled.logits)

@@ -7,14 +7,14 @@ labelled and unlabelled images; with it (Sec. 4, and the authors' code) over mix
 whose pseudo-labels are those of the two networks on the unmixed images, mixed alike. lambda is 1.5
 on VOC and 6 on Cityscapes in the paper (1 and 5 in the code's files for CutMix at 1/8).
 
-Labelled, unlabelled and mixed images are batches of their own, as in that code, and pseudo-labels
-are made in training mode, without dropout, which their network has not.
+As in the code, labelled, unlabelled and mixed images are batches of their own, and those that make
+pseudo-labels go through the networks in training mode and without dropout.
 
 What differs: CutMix pastes one rectangle of half the image (decisions.md 23), theirs three smaller
-ones, from another batch, which moves BatchNorm's statistics too; with CutMix the networks learn
-with the dropout that every row has, without it one pass both teaches and learns and has none.
-Network, schedule and supervised loss are those of every other row; what is evaluated is the EMA of
-the first network, the student, theirs is that network itself (`eval.network`).
+ones, of images from another batch, which moves BatchNorm's statistics too; with CutMix the networks
+learn under the dropout of every row, where theirs have none. Network, schedule and supervised loss
+are those of every other row; what is evaluated is the EMA of the first network, the student, theirs
+is that network itself (`eval.network`).
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ from jax import Array
 from csc_jax import augment, losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
-from csc_jax.models import Outputs, no_dropout, resize_aligned
+from csc_jax.models import Outputs, resize_aligned
 from csc_jax.state import Network, TrainState, update_ema
 
 _OTHER = {"student": "second", "second": "student"}
@@ -52,17 +52,20 @@ class CPS(Method):
         # Each pass follows the statistics of the one before it, in the order of the authors' code.
         mask = None
         if config.cps.cutmix:
-            with no_dropout():
-                taught, stats = self._forward(state.trained, stats, weak, teach_key)
+            taught, stats = self._forward(
+                state.trained, stats, weak, teach_key, dropout=False, projection=False
+            )
             mask = augment.cutmix_mask(mask_key, weak.shape[0], size, config.cutmix)
             strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
             learnt_u, stats = self._forward(params, stats, strong, learn_key)
             learnt_l, stats = self._forward(params, stats, labeled["image"], labeled_key)
             own, inside_own = learnt_u, augment.mix(mask, inside)
         else:
-            with no_dropout():  # one pass both teaches and learns
-                learnt_l, stats = self._forward(params, stats, labeled["image"], labeled_key)
-                learnt_u, stats = self._forward(params, stats, weak, learn_key)
+            # One pass both teaches and learns.
+            learnt_l, stats = self._forward(
+                params, stats, labeled["image"], labeled_key, dropout=False
+            )
+            learnt_u, stats = self._forward(params, stats, weak, learn_key, dropout=False)
             own = {name: shared.join(learnt_l[name], learnt_u[name]) for name in networks}
             taught, inside_own = own, jnp.concatenate([labeled["inside"], inside])
 
@@ -99,7 +102,14 @@ class CPS(Method):
         return total, LossOutputs(stats, metrics, pixels)
 
     def _forward(
-        self, params: dict[str, Any], stats: dict[str, Any], images: Array, key: Array
+        self,
+        params: dict[str, Any],
+        stats: dict[str, Any],
+        images: Array,
+        key: Array,
+        *,
+        dropout: bool = True,
+        projection: bool = True,
     ) -> tuple[dict[str, Outputs], dict[str, Any]]:
         """Runs both networks in training mode; returns outputs and new BatchNorm statistics."""
         outputs, new = {}, {}
@@ -109,7 +119,8 @@ class CPS(Method):
                 stats[name],
                 images,
                 jax.random.fold_in(key, i),
-                projection=self.with_pixels and name == "student",
+                projection=self.with_pixels and projection and name == "student",
+                dropout=dropout,
             )
         return outputs, new
 

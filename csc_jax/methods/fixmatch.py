@@ -5,12 +5,13 @@ gives it for segmentation: no EMA in the pseudo-labels, a threshold of 0.95, and
 L = (L_s + L_u) / 2, L_u averaged over all pixels. The strong view is that of the authors' code
 (`config.method.unimatch_view`), whatever the other methods of a comparison have.
 
-Labels are made in training mode, in one batch with the labelled images, without dropout, which
-their network has not; strong views are a batch of their own.
+As in their code, labelled images and weak views make one batch in training mode, which makes the
+labels and has no dropout, and strong views one of their own.
 
-What differs: an image's CutMix partner is the next one of the batch, with the labels that it gets
-there (theirs: an image of another batch, in evaluation mode); all but the weak view goes through
-the dropout that every row has. An EMA of the student is kept for evaluation, as in every row.
+What differs: an image's CutMix partner is the next one of the batch, with the labels that it has
+there (theirs: an image of another batch, labelled in evaluation mode); strong views go through the
+dropout of every row, where their network has none. An EMA of the student is kept for evaluation, as
+in every row.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ from jax import Array
 from csc_jax import augment, losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
-from csc_jax.models import no_dropout, resize_aligned
+from csc_jax.models import resize_aligned
 from csc_jax.state import TrainState, update_ema
 
 
@@ -39,14 +40,14 @@ class FixMatch(Method):
         size = shared.size_of(inside)
         strong, mask = shared.strong_view(view_key, weak, config.unimatch_view)
 
-        with no_dropout(slice(labeled["image"].shape[0], None)):
-            student, batch_stats = task.train_forward(
-                params["student"],
-                state.student.batch_stats,
-                jnp.concatenate([labeled["image"], weak]),
-                weak_key,
-                projection=self.with_pixels,
-            )
+        student, batch_stats = task.train_forward(
+            params["student"],
+            state.student.batch_stats,
+            jnp.concatenate([labeled["image"], weak]),
+            weak_key,
+            projection=self.with_pixels,
+            dropout=False,
+        )
         of_strong, batch_stats = task.train_forward(
             params["student"], batch_stats, strong, strong_key, projection=self.with_pixels
         )

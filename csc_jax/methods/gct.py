@@ -33,7 +33,7 @@ from scipy.ndimage import gaussian_filter1d
 from csc_jax import losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method, Task
-from csc_jax.models import no_dropout, resize_aligned
+from csc_jax.models import resize_aligned
 from csc_jax.models.layers import BatchNorm
 from csc_jax.optimizer import polynomial_decay
 from csc_jax.state import Network, TrainState, update_ema
@@ -76,14 +76,14 @@ class GCT(Method):
         batch_stats, outputs, soft = {}, {}, {}
         networks = {"student": state.student, "second": state.companions["second"]}
         for i, (name, network) in enumerate(networks.items()):
-            with no_dropout():
-                outputs[name], batch_stats[name] = task.train_forward(
-                    params[name],
-                    network.batch_stats,
-                    images,
-                    jax.random.fold_in(key, i),
-                    projection=self.with_pixels and name == "student",
-                )
+            outputs[name], batch_stats[name] = task.train_forward(
+                params[name],
+                network.batch_stats,
+                images,
+                jax.random.fold_in(key, i),
+                projection=self.with_pixels and name == "student",
+                dropout=False,
+            )
             soft[name] = jax.nn.softmax(resize_aligned(outputs[name].logits, size))
         loss_s = {
             name: task.supervised_loss(

@@ -6,14 +6,14 @@ Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic 
 2 x 0.25, the threshold of 0.95 and L = (L_s + L_u) / 2. The strong views are those of their code
 (`config.method.unimatch_view`), whatever the other methods of a comparison have.
 
-Labels are made in training mode, in one batch with the labelled images, without dropout, which
-their network has not; strong views are a batch of their own.
+As in their code, labelled images and weak views make one batch in training mode, which makes the
+labels and has no dropout but that of the perturbed features, and strong views one of their own.
 
-What differs: an image's CutMix partner is the next one of the batch, with the labels that it gets
-there (theirs: an image of another batch, in evaluation mode); only the weak images' features are
-perturbed (theirs: the labelled images' too, which nothing but the decoder's BatchNorm sees); all
-but the weak view goes through the dropout that every row has. An EMA of the student is kept for
-evaluation, as in every row.
+What differs: an image's CutMix partner is the next one of the batch, with the labels that it has
+there (theirs: an image of another batch, labelled in evaluation mode); only the weak images'
+features are perturbed (theirs: the labelled images' too, which the decoder's BatchNorm alone sees);
+strong views go through the dropout of every row, where their network has none. An EMA of the
+student is kept for evaluation, as in every row.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ from jax import Array
 from csc_jax import augment, losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
-from csc_jax.models import Features, no_dropout, resize_aligned
+from csc_jax.models import Features, resize_aligned
 from csc_jax.state import TrainState, update_ema
 
 
@@ -42,28 +42,27 @@ class UniMatch(Method):
         size = shared.size_of(inside)
         strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_view)
         strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
-        labeled_images = labeled["image"].shape[0]
-        weak_rows = slice(labeled_images, labeled_images + weak.shape[0])
+        images_l = labeled["image"].shape[0]
 
         def with_perturbed_weak(features: Features) -> Features:
             low_key, deep_key = jax.random.split(feature_key)
             rate = config.unimatch.feature_dropout
-            low = drop_channels(low_key, features.low[weak_rows], rate)
-            deep = drop_channels(deep_key, features.deep[weak_rows], rate)
+            low = drop_channels(low_key, features.low[images_l:], rate)
+            deep = drop_channels(deep_key, features.deep[images_l:], rate)
             return features._replace(
                 low=jnp.concatenate([features.low, low]),
                 deep=jnp.concatenate([features.deep, deep]),
             )
 
-        with no_dropout(weak_rows):
-            student, batch_stats = task.train_forward(
-                params["student"],
-                state.student.batch_stats,
-                jnp.concatenate([labeled["image"], weak]),
-                weak_key,
-                projection=self.with_pixels,
-                perturb=with_perturbed_weak,
-            )
+        student, batch_stats = task.train_forward(
+            params["student"],
+            state.student.batch_stats,
+            jnp.concatenate([labeled["image"], weak]),
+            weak_key,
+            projection=self.with_pixels,
+            dropout=False,
+            perturb=with_perturbed_weak,
+        )
         strong, batch_stats = task.train_forward(
             params["student"],
             batch_stats,

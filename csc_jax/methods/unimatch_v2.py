@@ -104,7 +104,7 @@ class UniMatchV2(Method):
 
 
 def draw_dropped(key: Array, images: int, share: float) -> Array:
-    """Returns which images lose channels, (B, 1, 1, 1) bool: B (1 - share), rounded down, do not."""
+    """Returns which images lose channels, (B, 1, 1, 1) bool; int(B (1 - share)) do not."""
     kept = int(images * (1 - share))
     return (jax.random.permutation(key, images) >= kept).reshape(-1, 1, 1, 1)
 

@@ -13,7 +13,7 @@ from csc_jax.errors import UserError
 from csc_jax.models import backbones
 from csc_jax.models.deeplabv3plus import DeepLabV3Plus, Outputs
 from csc_jax.models.initialize import initialize
-from csc_jax.models.layers import Features, no_dropout
+from csc_jax.models.layers import Features
 from csc_jax.models.resize import resize_aligned
 from csc_jax.models.resnet import DEPTHS, STEMS
 
@@ -24,7 +24,6 @@ __all__ = [
     "build",
     "count_parameters",
     "initialize",
-    "no_dropout",
     "resize_aligned",
 ]
 

@@ -1,7 +1,5 @@
 """What backbones and decoder share: convolution and normalisation as PyTorch has them."""
 
-import contextlib
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +7,6 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from csc_jax.models.convolution import convolve
 from csc_jax.models.normalization import batch_normalize, normalize, update_running
@@ -57,28 +54,6 @@ def parameter(
         path = "/".join(module.path)
         raise flax.errors.ScopeParamShapeError(name, path, value.shape, shape)
     return value
-
-
-def no_dropout(images: slice = slice(None)) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which no `nn.Dropout` of a network acts on these images of its batch.
-
-    So one pass in training mode makes pseudo-labels from some images and learns from others.
-    """
-
-    def spare(
-        layer: Callable[..., jax.Array],
-        arguments: tuple[Any, ...],
-        options: dict[str, Any],
-        context: nn.module.InterceptorContext,
-    ) -> jax.Array:
-        y = layer(*arguments, **options)
-        if not isinstance(context.module, nn.Dropout):
-            return y
-        spared = np.zeros((len(y), 1, 1, 1), bool)
-        spared[images] = True
-        return jnp.where(spared, arguments[0], y)
-
-    return nn.intercept_methods(spare)
 
 
 @jax.jit
