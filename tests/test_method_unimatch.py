@@ -118,12 +118,12 @@ def test_perturbed_features_are_decoded_beside_the_others(monkeypatch):
     method, state = toy_method(method__name="unimatch")
     asked = {}
 
-    def forward(self, params, batch_stats, images, key, *, projection, perturb=None):
+    def forward(self, params, batch_stats, images, key, *, projection, dropout=True, perturb=None):
         if perturb is not None:
             x = jnp.arange(1.0, len(images) + 1)[:, None, None, None] * jnp.ones((1, 2, 2, 16))
             asked["features"] = perturb(Features(x, x[..., :1], 10 * x))
             images = jnp.concatenate([images, images[2:4]])
-        return real(self, params, batch_stats, images, key, projection=projection)
+        return real(self, params, batch_stats, images, key, projection=projection, dropout=dropout)
 
     real = type(method.task).train_forward
     monkeypatch.setattr(type(method.task), "train_forward", forward)

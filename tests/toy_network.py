@@ -71,12 +71,12 @@ def running_statistics(method, network, *batches):
     Each batch moves them by a hundredth, Flax's default.
     """
     mean, variance = (np.asarray(network.batch_stats["bn"][name]) for name in ("mean", "var"))
-    body, data = network.params["body"], method.task.config.data
+    body, data = jax.device_get(network.params["body"]), method.task.config.data
     for images in batches:
         normal = (np.asarray(images, np.float64) - data.mean) / data.std
         count, height, width, _ = normal.shape
         pooled = normal.reshape(count, height // 4, 4, width // 4, 4, 3).mean((2, 4))
-        x = pooled @ np.asarray(body["kernel"], np.float64)[0, 0] + body["bias"]
+        x = pooled @ body["kernel"][0, 0].astype(np.float64) + body["bias"]
         mean = 0.99 * mean + 0.01 * x.mean((0, 1, 2))
         variance = 0.99 * variance + 0.01 * x.var((0, 1, 2))
     return mean, variance
