@@ -10,8 +10,12 @@ anchors, 50 negatives each, temperature 0.5. L = L_s + lambda_u L_u + L_c.
 
 What differs from the paper: steps stand for epochs in the schedules; the teacher's features and
 ranks are those of evaluation mode; CutMix acts on each image with `method.cutmix` (their code: on
-half of the batches). Their code keeps a negative only where the pixel's own (pseudo-)label is the
-class that it is to be a negative of, which leaves almost none; the paper's rule is followed here.
+half of the batches). What differs from their code, where the paper is followed: a negative is any
+pixel that the ranks name, where theirs keeps one only if its own (pseudo-)label is the class that
+it is to be a negative of, which leaves almost none; the positive is the centre of the anchors,
+theirs that of all sure pixels of the class, those of a probability below 0.3 included; a class's
+anchors meet negatives of its own queue, where in theirs a class without a sure pixel in the batch
+shifts the queues of those after it by one and leaves out the last.
 """
 
 from typing import Any
