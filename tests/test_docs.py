@@ -25,7 +25,9 @@ def test_every_cited_decision_is_there():
     anchors = set(re.findall(r'<a id="(\w+)"></a>', (DOCS / "decisions.md").read_text()))
     root = DOCS.parent
     files = [root / "README.md", *DOCS.glob("*.md")]
-    files += [p for d in ("csc_jax", "configs", "scripts", "tests") for p in (root / d).rglob("*.py")]
+    files += [
+        p for d in ("csc_jax", "configs", "scripts", "tests") for p in (root / d).rglob("*.py")
+    ]
     number, cited = r"\d+[a-c]?", set()
     for file in files:
         # A line break, with what marks a comment, may stand between any two words.
