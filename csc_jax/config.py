@@ -118,7 +118,8 @@ def default_config() -> ConfigDict:
     c.method.cct.i_vat = 2  # under the adversarial perturbation
     c.method.cct.obj_msk = 2  # under object masking
     c.method.cct.dropout_rate = 0.5  # probability of a channel (dropout)
-    c.method.cct.drop_range = (0.6, 0.9)  # of gamma, as a ratio of the most active pixel (f_drop)
+    # Of gamma, as a ratio of the most active pixel (f_drop); the paper's, their code has 0.7 to 0.9.
+    c.method.cct.drop_range = (0.6, 0.9)
     c.method.cct.noise = 0.3  # the noise is uniform in ± this, as a ratio of the feature (f_noise)
     c.method.cct.erase = 0.4  # sides of the hole, as a ratio of those of the object (g_cutout)
     c.method.cct.epsilon = 2.0  # norm of the perturbation of an image's features (i_vat)
@@ -172,7 +173,7 @@ def default_config() -> ConfigDict:
 
     c.method.unimatch_v2 = ConfigDict()  # Yang et al., TPAMI 2025
     c.method.unimatch_v2.threshold = 0.95  # probability that a pseudo-label must reach
-    c.method.unimatch_v2.dropped = 0.5  # share of images that lose channels
+    c.method.unimatch_v2.dropped = 0.5  # share of a batch's images that lose channels
 
     c.contrast = ConfigDict()  # the paper's module, part of csc; Tables I to IV switch its parts
     c.contrast.weight = 1.0  # lambda_c (Eq. 1, decisions.md 17)
