@@ -73,8 +73,8 @@ $(READY): $(PINS) pyproject.toml
 		"$(PYTHON)" -m venv --clear $(VENV); \
 	fi
 	@rm -f $(READY) && touch $(UNFINISHED)
+	@echo "Installing the packages of $(PINS) into $(VENV), once: some minutes, 1.4 GB."
 	@# One file after the other: a later pin of the same package replaces an earlier one.
-	for pins in $(PINS); do \
-		$(RUN) pip install --quiet --disable-pip-version-check -r $$pins || exit 1; done
+	for pins in $(PINS); do $(RUN) pip install --disable-pip-version-check -r $$pins || exit 1; done
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@mv $(UNFINISHED) $(READY)

@@ -1,6 +1,7 @@
 """What training, evaluation and prediction are assembled from, checked before anything compiles."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from csc_jax import config_checks, data, evaluation, methods, models, sharding
+from csc_jax.data import transforms
 from csc_jax.models.weights import load_pretrained
 from csc_jax.optimizer import combine
 from csc_jax.state import Network, TrainState
@@ -28,6 +30,14 @@ class Experiment:
     method: methods.Method
     tx: optax.GradientTransformation
     predict: Callable[[Any, np.ndarray], jax.Array]  # see evaluation.make_predictor
+    predict_logits: Callable[[Any, np.ndarray], jax.Array]  # likewise
+
+    @property
+    def title(self) -> str:
+        """Method, data set and seed, for the titles of pictures."""
+        method = self.config.method
+        name = method.name if method.contrast == "none" else f"{method.name}+{method.contrast}"
+        return f"{name} on {self.config.data.name}, seed {self.config.seed}"
 
     @property
     def num_classes(self) -> int:
@@ -66,10 +76,31 @@ class Experiment:
 
         All of several processes call it with the same image.
         """
+        return self._of_one(self.predict, network, image)
+
+    def segment(self, network: Network, image: np.ndarray) -> np.ndarray:
+        """Returns the class ids, (H, W) uint8, of an image as it comes, (H, W, 3) uint8 RGB.
+
+        The network sees it at `data.image_size`, as the images that it was trained on; class ids at
+        its own size follow from the enlarged logits.
+        """
+        size = tuple(self.config.data.image_size)
+        if not any(size) or size == image.shape[:2]:
+            return self.predict_image(network, image)
+        small = transforms.resize_image(image, size)
+        logits = self._of_one(self.predict_logits, network, small)
+        return evaluation.enlarge(logits, image.shape[:2])
+
+    def _of_one(
+        self,
+        predict: Callable[[Any, np.ndarray], jax.Array],
+        network: Network,
+        image: np.ndarray,
+    ) -> np.ndarray:
         # The predictor wants a batch that divides by the mesh.
         batch = np.repeat(image[None], self.mesh.size, axis=0)
         height, width, _ = image.shape
-        return sharding.fetch(self.predict(network.variables, batch))[0, :height, :width]
+        return sharding.fetch(predict(network.variables, batch))[0, :height, :width]
 
     def evaluate(
         self,
@@ -123,7 +154,8 @@ def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray)
         network = Network(variables["params"], variables["batch_stats"])
         return task.eval_forward(network, images, projection=False).logits
 
-    predict = evaluation.make_predictor(
+    make_predictor = functools.partial(
+        evaluation.make_predictor,
         logits,
         model.logits_size,
         num_classes=num_classes,
@@ -136,7 +168,8 @@ def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray)
         flip=config.eval.flip,
     )
     tx = combine(method.optimizers())
-    return Experiment(config, tuple(class_names), palette, mesh, method, tx, predict)
+    predictors = make_predictor(), make_predictor(as_logits=True)
+    return Experiment(config, tuple(class_names), palette, mesh, method, tx, *predictors)
 
 
 def load_data(config: ConfigDict) -> data.Dataset:

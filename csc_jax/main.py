@@ -1,6 +1,6 @@
 """Command line: train, evaluate or predict.
 
-python -m csc_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
+csc-jax --config=synthetic --workdir=runs/synthetic
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --save_predictions=DIR
 python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
@@ -26,23 +26,23 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
 from absl import flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from csc_jax import command_help, config_checks, config_files, stored_config
 from csc_jax import config as config_lib
-from csc_jax import config_checks, distributed, stored_config
 from csc_jax.errors import Diverged, Interrupted, UserError
-from csc_jax.predict import predict_folder
-from csc_jax.score import load, score
-from csc_jax.train import train
+
+# What imports JAX, which takes a second, is imported where a run begins: help and errors of the
+# command line come at once.
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "A file of configs/; any field is overridden by --config.section.field=value. Without it, "
-    "evaluate and predict take the config of the run in --workdir.",
+    "A file, or the name of one that comes with csc_jax; any field is overridden by "
+    "--config.section.field=value. Without it, evaluate and predict take the config of the run in "
+    "--workdir.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, plots.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "predict"], "What to do.")
@@ -74,14 +74,34 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     lower_bound=2,
 )
 
+_RUN = {"workdir": "the folder of the run"}
+_REQUIRED = {  # flags that a mode cannot do without
+    "train": _RUN,
+    "evaluate": _RUN,
+    "predict": _RUN | {"images": "an image or a folder of images", "out": "the folder to write to"},
+}
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command and returns its exit status: 0, or that of the error (`errors.py`)."""
     log_to_terminal()
+    try:
+        if len(argv) < 2:
+            print(command_help.screen(), file=sys.stderr)
+            return UserError.exit_status
+        if question := command_help.asked(argv):
+            print(_answer(question, argv))
+            return 0
+        config = parse(argv)
+        _check_required()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    from csc_jax import distributed
+
     exit_status = 0
     try:
-        parse(argv)
-        dispatch()
+        dispatch(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         exit_status = error.exit_status
@@ -121,14 +141,16 @@ def run() -> None:
     sys.exit(status)
 
 
-def dispatch() -> None:
+def dispatch(config: ConfigDict) -> None:
     """Does what the parsed flags say."""
-    try:
-        config = _CONFIG.value
-        config_checks.validate(config)
-    except OSError as error:  # ml-collections keeps a failure to load until the value is asked for
-        raise UserError(f"--config cannot be read. {error}") from error
-    workdir = Path(_required(_WORKDIR, "the folder of the run"))
+    import jax
+
+    from csc_jax import distributed
+    from csc_jax.predict import predict_folder
+    from csc_jax.score import load, score
+    from csc_jax.train import train
+
+    workdir = _path(_WORKDIR)
     distributed.join(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,
@@ -163,15 +185,13 @@ def dispatch() -> None:
                 "--mode=predict wants whole images, but eval.mode is 'center_crop'. Set "
                 "--config.eval.mode=whole or sliding."
             )
-        images = Path(_required(_IMAGES, "an image or a folder of images"))
-        out = Path(_required(_OUT, "the folder to write to"))
         experiment, network, _ = load(config, workdir, _CHECKPOINT.value)
         predict_folder(
-            partial(experiment.predict_image, network),
-            images,
-            out,
+            partial(experiment.segment, network),
+            _path(_IMAGES),
+            _path(_OUT),
             palette=experiment.palette,
-            image_size=tuple(config.data.image_size),
+            class_names=experiment.class_names,
         )
 
 
@@ -179,18 +199,30 @@ def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless the environment names another place."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
+    import jax
+
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "csc_jax" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-def _required(flag: flags.FlagHolder, what: str) -> str:
-    if not flag.value:
-        raise UserError(f"--{flag.name} is missing: give {what}.")
-    return flag.value
+def _check_required() -> None:
+    for name, what in _REQUIRED[_MODE.value].items():
+        if not flags.FLAGS[name].value:
+            raise UserError(f"--{name} is missing: give {what}.")
 
 
-def parse(argv: Sequence[str]) -> None:
-    """Parses flags; raises UserError with near misses for what is unknown or of the wrong type."""
+def _path(flag: flags.FlagHolder[str | None]) -> Path:
+    """Returns what a required flag gives."""
+    assert flag.value
+    return Path(flag.value)
+
+
+def parse(argv: Sequence[str]) -> ConfigDict:
+    """Parses the flags and returns the config that they make, checked.
+
+    Raises:
+      UserError: a flag or a field that there is not, with near misses, or a value that cannot be.
+    """
     known = config_lib.flatten(config_lib.default_config())
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
@@ -199,21 +231,56 @@ def parse(argv: Sequence[str]) -> None:
         field = name.removeprefix("config.").removeprefix("no")
         if field not in known and name.removeprefix("config.") not in known:
             raise UserError(_unknown_field(name.removeprefix("config."), known))
-    arguments = list(argv)
-    if not any(a.lstrip("-").partition("=")[0] == "config" for a in argv):
-        arguments.insert(1, f"--config={_stored_config(argv)}")
+    arguments = _with_config_path(argv)
     try:
         rest = flags.FLAGS(arguments)
+        if len(rest) > 1:
+            raise UserError(
+                f"{rest[1]!r} is no flag; fields are set as --config.section.field=value."
+            )
+        config = _CONFIG.value
+        config_checks.validate(config)
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"{error}. --help lists the flags.") from error
+        raise UserError(f"{error}. --helpfull lists the flags.") from error
     except flags.Error as error:
         raise UserError(str(error)) from error
-    except OSError as error:
+    except OSError as error:  # ml-collections keeps a failure to load until the value is asked for
         raise UserError(f"--config cannot be read. {error}") from error
     except TypeError as error:
         raise UserError(f"A value on the command line has the wrong type: {error}") from error
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is no flag; fields are set as --config.section.field=value.")
+    return config
+
+
+def _answer(question: str, argv: Sequence[str]) -> str:
+    """Returns what help, helpfull or version prints."""
+    if question == "help":
+        return command_help.screen()
+    if question == "version":
+        return command_help.versions()
+    rest = [argument for argument in argv if argument.lstrip("-") != question]
+    config = parse(rest) if _gives(rest, "config") else config_lib.default_config()
+    described = flags.FLAGS.module_help(sys.modules[__name__]).partition(":\n")[2]
+    return command_help.everything(described, config)
+
+
+def _gives(argv: Sequence[str], flag: str) -> bool:
+    return any(argument.lstrip("-").partition("=")[0] == flag for argument in argv)
+
+
+def _with_config_path(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with the path of the config for its name, or with the stored config."""
+    if not _gives(argv, "config"):
+        return [argv[0], f"--config={_stored_config(argv)}", *argv[1:]]
+    arguments = list(argv)
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag not in ("-config", "--config"):
+            continue
+        if equals:
+            arguments[i] = f"{flag}={config_files.find(value)}"
+        elif i + 1 < len(argv):
+            arguments[i + 1] = config_files.find(argv[i + 1])
+    return arguments
 
 
 def _stored_config(argv: Sequence[str]) -> str:
@@ -221,7 +288,8 @@ def _stored_config(argv: Sequence[str]) -> str:
     given = dict(a.lstrip("-").partition("=")[::2] for a in argv[1:])
     if given.get("mode", "train") == "train":
         raise UserError(
-            "--config is missing: give a file of configs/, such as --config=configs/synthetic.py."
+            "--config is missing: give a file, or one of the names "
+            f"{', '.join(config_files.names())}."
         )
     if not given.get("workdir"):
         raise UserError("--workdir is missing: give the folder of the run, as --workdir=DIR.")
@@ -238,7 +306,7 @@ def _unknown_field(field: str, known: dict[str, object]) -> str:
     near = difflib.get_close_matches(field, known, n=3, cutoff=0.75)
     near += [name for name in known if name.rpartition(".")[2] == last and name not in near]
     hint = f" Did you mean {' or '.join('--config.' + name for name in near[:3])}?" if near else ""
-    return f"--config.{field} is not a field of the config.{hint} csc_jax/config.py lists them all."
+    return f"--config.{field} is not a field of the config.{hint} --helpfull lists them all."
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """`--mode=predict`: overlays and index PNGs of anyone's images."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
-from csc_jax import data, visualize
-from csc_jax.data import transforms
+from csc_jax import data, evaluation, visualize
+from csc_jax.data import codec
 from csc_jax.errors import UserError
 
 log = logging.getLogger("csc_jax")
@@ -22,19 +21,19 @@ def predict_folder(
     out: Path,
     *,
     palette: np.ndarray,
-    image_size: tuple[int, int],
+    class_names: Sequence[str],
 ) -> list[Path]:
-    """Writes `NAME.png` (class ids) and `NAME_overlay.png` (colours) for each image.
+    """Writes `NAME.png` and `NAME_overlay.png` for each image.
 
-    Both have the image's own size; a network trained on resized images sees it at that size, and
-    its class ids are enlarged to their nearest neighbours.
+    The first holds the class ids, with the palette (`evaluation.encode_with_palette`); the second
+    is the image under the classes' colours, with a legend below.
 
     Args:
-      predict: image (H, W, 3) uint8 RGB -> class ids (H, W) uint8.
+      predict: image (H, W, 3) uint8 RGB of any size -> class ids (H, W) uint8.
       images: one .jpg, .jpeg or .png, or a folder of them.
       out: folder to write to; made where it is missing.
       palette: (C, 3) uint8 RGB.
-      image_size: `data.image_size` of the run, (height, width) px; (0, 0) = own size.
+      class_names: C names, for the legend.
 
     Returns:
       The index PNGs written.
@@ -60,19 +59,11 @@ def predict_folder(
         except UserError as error:
             unreadable.append(f"{path.name} ({error})")
             continue
-        height, width = image.shape[:2]
-        small = image
-        if any(image_size):
-            no_label = np.zeros((height, width), np.uint8)
-            small, _ = transforms.resize(image, no_label, image_size)  # as the data were prepared
-        classes = predict(small)
-        if classes.shape != (height, width):
-            nearest = cv2.INTER_NEAREST_EXACT
-            classes = cv2.resize(classes, (width, height), interpolation=nearest)
+        classes = predict(image)
         index, overlay = (out / name for name in _outputs(path))
-        _write(index, classes)
+        _write(index, evaluation.encode_with_palette(classes, palette))
         blend = visualize.overlay(image, classes, palette)
-        _write(overlay, cv2.cvtColor(blend, cv2.COLOR_RGB2BGR))
+        _write(overlay, codec.encode_png(visualize.with_legend(blend, palette, class_names)))
         written.append(index)
     log.info("%d of %d images written to %s", len(written), len(paths), out)
     if unreadable:
@@ -112,8 +103,7 @@ def _outputs(path: Path) -> tuple[str, str]:
     return f"{path.stem}.png", f"{path.stem}_overlay.png"
 
 
-def _write(path: Path, pixels: np.ndarray) -> None:
-    encoded = cv2.imencode(".png", pixels)[1].tobytes()
+def _write(path: Path, encoded: bytes) -> None:
     try:
         path.write_bytes(encoded)
     except OSError as error:

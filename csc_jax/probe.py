@@ -11,17 +11,24 @@ from csc_jax.experiment import Experiment
 from csc_jax.sharding import replicated
 from csc_jax.state import Network, TrainState
 
+PSEUDO_LABEL = "pseudo-label, hatched where M = 0"  # header of its column
+
 _SALT = 0x9A9E1  # keeps the panels' random draws apart from the steps' own
 
 
 class Probe:
-    """Follows `config.train.panels` images of the evaluated split through training."""
+    """Follows `config.train.panels` images of the evaluated split through training.
+
+    Attributes:
+      ids: of these images, which are spread over the split.
+    """
 
     def __init__(self, experiment: Experiment, source: data.Source):
         config = experiment.config
         self._experiment = experiment
         self._lag = config.train.consistency_lag
-        self._images = [source[i] for i in range(min(config.train.panels, len(source)))]
+        self._images = [source[i] for i in source.spread(config.train.panels)]
+        self.ids = [example["id"] for example in self._images]
         # Features of an untrained projection head have no consistency worth measuring.
         self._measured = experiment.method.projection and bool(self._images)
         self._crops = _centre_crops(self._images, config.data.crop_size) if self._measured else None
@@ -54,9 +61,12 @@ class Probe:
         """Returns what a checkpoint of this step must hold for a restart to go on measuring."""
         return self._then if step % self._lag else None
 
-    def resume(self, features: np.ndarray | None) -> None:
-        """Takes what `features_to_keep` gave."""
-        self._then = features
+    def resume(self, features: np.ndarray | None, ids: list[str] | None) -> None:
+        """Takes what `features_to_keep` gave, unless it is of other images than `ids`.
+
+        Cons then begins anew, as the images follow from fields that may change within a run.
+        """
+        self._then = features if ids == self.ids else None
 
     def panel(self, state: TrainState) -> dict[str, list[np.ndarray]]:
         """Returns the columns of a panel: header -> one picture an image."""
@@ -73,7 +83,7 @@ class Probe:
             columns[name].append(experiment.predict_image(network, example["image"]))
             pseudo = self._pseudo_labels(key, state, example["image"][None])
             if pseudo is not None:
-                column = columns.setdefault("pseudo-label, hatched where M = 0", [])
+                column = columns.setdefault(PSEUDO_LABEL, [])
                 column.append(np.asarray(pseudo)[0].astype(np.uint8))
         return columns
 

@@ -83,8 +83,9 @@ def score(
         report.write_text(json.dumps(_report(experiment, scores, step), indent=1) + "\n")
         for kind, rows in (("worst", extremes.worst), ("best", extremes.best)):
             if rows:
-                path, heading = out / f"{stem}_{kind}.png", f"{kind} images: {title}"
-                _draw(path, heading, experiment, source, rows)
+                heading = f"{kind} images of {config.eval.split}: {experiment.title}, "
+                heading += f"{config.eval.network} at step {step}"
+                _draw(out / f"{stem}_{kind}.png", heading, experiment, source, rows)
     except OSError as error:
         raise _not_written(out, error) from error
     log.info("written to %s", report)
@@ -163,6 +164,7 @@ def _draw(
         experiment.class_names,
         title,
         row_titles=[f"{PurePosixPath(name).name}: mIoU {100 * m:.1f}%" for m, name, _ in rows],
+        hatched="ignored or correct",
     )
 
 

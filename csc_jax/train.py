@@ -20,7 +20,7 @@ from csc_jax.experiment import Experiment, build, load_data
 from csc_jax.interrupt import EvaluationStopped, StopRequest
 from csc_jax.kept_step import kept_step
 from csc_jax.lock import lock
-from csc_jax.probe import Probe
+from csc_jax.probe import PSEUDO_LABEL, Probe
 from csc_jax.recorder import Recorder, open_recorder
 from csc_jax.sharding import shard_batch
 from csc_jax.state import TrainState
@@ -81,7 +81,7 @@ def _train(
 
     probe = Probe(experiment, val)
     if restored is not None:
-        probe.resume(restored.probe)
+        probe.resume(restored.probe, restored.loop.get("probe"))
     probe.measure(start, state)
     scores: Scores | None = None
     with open_recorder(config, workdir, start, data.steps_per_epoch(config, partition)) as recorder:
@@ -118,6 +118,7 @@ def _train(
                     "iterator": iterator.get_state(),
                     "recorder": recorder.state(),
                     "evaluation_due": evaluation_due,
+                    "probe": probe.ids,
                 }
                 if step == start and restored is not None:  # saved before it had its score
                     checkpointer.delete(step)
@@ -197,21 +198,22 @@ def _draw(
     scores: Scores,
     workdir: Path,
 ) -> None:
-    method = experiment.config.method.name
     note = f" ({scores.note})" if scores.note else ""
     panel = probe.panel(state) if experiment.config.train.panels else None
     if not distributed.is_first():
         return
     if panel is not None:
+        split = experiment.config.eval.split
         visualize.save_panel(
             workdir / "plots" / f"panel_{step:06d}.png",
             panel,
             experiment.palette,
             experiment.class_names,
-            f"{method}, step {step}, mIoU {100 * scores.miou:.1f}%{note}",
+            f"{experiment.title}, step {step}: mIoU {100 * scores.miou:.1f}% on {split}{note}",
+            hatched="ignored or not kept" if PSEUDO_LABEL in panel else "ignored",
         )
     curves = workdir / "plots" / "curves.png"
-    visualize.save_curves(curves, read_metrics(workdir), f"{method}{note}")
+    visualize.save_curves(curves, read_metrics(workdir), f"{experiment.title}{note}")
 
 
 def describe(experiment: Experiment) -> dict[str, Any]:

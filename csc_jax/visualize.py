@@ -4,6 +4,7 @@ Drawn with Matplotlib's Figure objects on the Agg canvas: no display, no pyplot,
 Matplotlib is imported with the first picture, as a run has none to draw before its first step.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cv2
 import numpy as np
 
+from csc_jax.writers import bank_was_ready
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    Colors = tuple[tuple[int, int, int], ...]  # RGB, one a class
 
 _DPI = 100
 _INK = "#222222"
@@ -32,13 +37,16 @@ _LINES = (
 # by a whole factor, so that a pixel of a 64x64 image can be seen; a very wide one is reduced.
 _LEAST_WIDTH = 192
 _GREATEST_WIDTH = 480
+_CHART_WIDTH, _CHART_HEIGHT = 440, 320  # of each on the sheet of curves
 _GAP = 8
 _TITLE = 34
 _HEADER = 28
 _LEGEND_LINE = 24
 _SWATCH = 14
 _LETTER = 7  # mean width at font size 9, rounded up
+_TITLE_LETTER = 11  # likewise of a title
 _HATCH_PERIOD = 8
+_FULL_SIZE = 1000  # px of a picture's width for which its legend has letters of size 9
 
 
 class _Chart(NamedTuple):
@@ -47,6 +55,7 @@ class _Chart(NamedTuple):
     factor: float  # from the recorded value to the unit
     share: bool  # drawn on a fixed axis from 0 to 100%
     series: dict[str, str]  # metric key -> name in the legend
+    when_ready: bool = False  # drawn from the step at which the bank held every class
 
 
 _CHARTS = (
@@ -77,7 +86,7 @@ _CHARTS = (
         {"train/kept_fraction": "kept", "train/pseudo_label_accuracy": "right among the kept"},
     ),
     _Chart("Learning rate", "", 1, False, {"train/learning_rate": "backbone"}),
-    _Chart("Separ (Eq. 9), lower is better", "", 1, False, {"train/separation": "bank"}),
+    _Chart("Separ (Eq. 9), lower is better", "", 1, False, {"train/separation": "bank"}, True),
     _Chart("Cons (Eq. 7), higher is better", "", 1, False, {"train/consistency": "features"}),
     _Chart("Memory bank", "% of slots filled", 100, True, {"train/bank_fill": "fill"}),
     _Chart(
@@ -86,6 +95,7 @@ _CHARTS = (
         100,
         True,
         {"train/consistency_accepted": "consistency step", "train/enqueue_accepted": "enqueue"},
+        True,
     ),
 )
 
@@ -102,6 +112,27 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.nd
     return cv2.addWeighted(image, 0.5, colorize(labels, palette), 0.5, 0)
 
 
+def with_legend(picture: np.ndarray, palette: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Puts the colours and names of the classes below a picture, which itself stays as it is.
+
+    Args:
+      picture: (H, W, 3) uint8 RGB.
+      palette: (C, 3) uint8 RGB.
+      class_names: C names.
+
+    Returns:
+      (H + h, W', 3) uint8 RGB, white where there is nothing; W' is W or the length of a long name.
+    """
+    height, width, _ = picture.shape
+    scale = max(1, round(width / _FULL_SIZE))
+    legend = _legend(_colors(palette), tuple(class_names), width, scale)
+    below, wide, _ = legend.shape
+    whole = np.full((height + below, max(width, wide), 3), 255, np.uint8)
+    whole[:height, :width] = picture
+    whole[height:, :wide] = legend
+    return whole
+
+
 def save_panel(
     path: Path,
     columns: Mapping[str, Sequence[np.ndarray]],
@@ -109,19 +140,20 @@ def save_panel(
     class_names: Sequence[str],
     title: str = "",
     row_titles: Sequence[str] = (),
+    hatched: str = "ignored",
 ) -> None:
     """Writes a grid of pictures with a legend as a PNG: a row an image, a column a view of it.
 
     Args:
       path: the file; its folder is made.
       columns: header -> one picture a row, (H, W, 3) uint8 RGB or (H, W) uint8 class ids. An id
-        that is no class is drawn hatched: 255 marks ignored pixels of the ground truth and
-        those that the mask drops from the pseudo-labels. Columns have equal numbers of rows and
-        the pictures of a row equal sizes.
+        that is no class is drawn hatched. Columns have equal numbers of rows and the pictures of a
+        row equal sizes.
       palette: (C, 3) uint8 RGB.
       class_names: C names for the legend.
       title: one line at the top.
       row_titles: a line above each row, or none at all.
+      hatched: what the legend says of hatched areas.
     """
     least_width = max(_LEAST_WIDTH, _LETTER * max(map(len, columns)))
     rows = [
@@ -130,14 +162,12 @@ def save_panel(
     ]
     column_width = max(row[0].shape[1] for row in rows)
     pitch = column_width + _GAP
-    width = len(columns) * pitch + _GAP
-    names = [*class_names, "ignored or not kept"]
-    entry_width = _SWATCH + 20 + _LETTER * max(map(len, names))
-    entries_a_line = max(1, (width - _GAP) // entry_width)
-    legend_height = _LEGEND_LINE * math.ceil(len(names) / entries_a_line)
+    width = max(len(columns) * pitch + _GAP, _TITLE_LETTER * len(title))
+    legend = _legend(_colors(palette), (*class_names, hatched), width - 2 * _GAP)
+    width = max(width, legend.shape[1] + 2 * _GAP)
     row_title = _HEADER if row_titles else 0
     pictures_height = sum(row_title + row[0].shape[0] + _GAP for row in rows)
-    height = _TITLE + _HEADER + pictures_height + legend_height + _GAP
+    height = _TITLE + _HEADER + pictures_height + len(legend) + _GAP
 
     figure = _figure(width, height)
     _write(figure, _GAP, height - _TITLE // 2, title, fontsize=12, fontweight="bold")
@@ -153,15 +183,41 @@ def save_panel(
             x = _GAP + column * pitch + (column_width - picture.shape[1]) // 2
             figure.figimage(picture, x, y, origin="upper")  # px for px, never resampled
         y -= _GAP
-    swatches = [np.tile(color, (_SWATCH, _SWATCH, 1)) for color in palette]
-    swatches.append(np.tile(_hatch(_SWATCH, _SWATCH), (1, 1, 3)))
-    for i, (swatch, name) in enumerate(zip(swatches, names, strict=True)):
-        line, place = divmod(i, entries_a_line)
-        x = _GAP + place * entry_width
-        middle = y - line * _LEGEND_LINE - _LEGEND_LINE // 2
-        figure.figimage(swatch, x, middle - _SWATCH // 2, origin="upper")
-        _write(figure, x + _SWATCH + 6, middle, name, fontsize=9)
+    figure.figimage(legend, _GAP, y - len(legend), origin="upper")
     _save(figure, path)
+
+
+@functools.lru_cache(maxsize=4)  # predict asks for the same one for each image
+def _legend(colors: "Colors", names: tuple[str, ...], width: int, scale: int = 1) -> np.ndarray:
+    """Draws the names of classes, each beside a swatch of its colour.
+
+    Args:
+      colors: one a class.
+      names: one a class, and perhaps one more for hatched areas.
+      width: px to fill, line by line.
+      scale: of letters and swatches.
+
+    Returns:
+      (h, w, 3) uint8 RGB; w is `width`, or more where an entry is longer.
+    """
+    line, swatch, letter = scale * _LEGEND_LINE, scale * _SWATCH, scale * _LETTER
+    entry = swatch + 20 * scale + letter * max(map(len, names))
+    entries = max(1, width // entry)
+    width = max(width, entry)
+    height = line * math.ceil(len(names) / entries)
+    figure = _figure(width, height)
+    swatches = [np.tile(np.array(color, np.uint8), (swatch, swatch, 1)) for color in colors]
+    swatches.append(np.tile(_hatch(swatch, swatch), (1, 1, 3)))
+    for i, (name, picture) in enumerate(zip(names, swatches, strict=False)):
+        row, column = divmod(i, entries)
+        x, middle = column * entry, height - row * line - line // 2
+        figure.figimage(picture, x, middle - swatch // 2, origin="upper")
+        _write(figure, x + swatch + 6 * scale, middle, name, fontsize=9 * scale)
+    return _pixels(figure)
+
+
+def _colors(palette: np.ndarray) -> "Colors":
+    return tuple(map(tuple, palette.tolist()))
 
 
 def save_curves(path: Path, records: Sequence[Mapping[str, Any]], title: str = "") -> None:
@@ -170,14 +226,16 @@ def save_curves(path: Path, records: Sequence[Mapping[str, Any]], title: str = "
     Args:
       path: the file; its folder is made.
       records: as `writers.read_metrics` returns them; a null value is left out of its line, and a
-        chart without any value out of the sheet. A legend gives a line's last value.
+        chart without any value out of the sheet. A legend gives a line's last value. Separ and the
+        gates begin where the bank is ready (`writers.bank_was_ready`).
       title: one line at the top.
     """
-    recorded = {key for record in records for key, value in record.items() if value is not None}
-    charts = [chart for chart in _CHARTS if recorded & set(chart.series)]
+    charts = [
+        chart for chart in _CHARTS if any(_points(chart, key, records) for key in chart.series)
+    ]
     across = min(3, max(1, len(charts)))
     down = math.ceil(len(charts) / across)
-    figure = _figure(440 * across, 300 * down + _TITLE)
+    figure = _figure(_CHART_WIDTH * across, _CHART_HEIGHT * down + _TITLE)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
     for i, chart in enumerate(charts):
@@ -195,14 +253,15 @@ def save_lines(
       series: name of the run -> steps and values.
       title: of the chart.
     """
-    figure = _figure(720, 440)
+    width = 720
+    figure = _figure(width, 440)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     axes = figure.add_subplot()
     for i, (name, (steps, values)) in enumerate(series.items()):
         axes.plot(steps, values, color=_LINES[i % len(_LINES)], linewidth=1.8, label=name)
     axes.set_xlabel("step", fontsize=9, color=_INK)
     _limit_ticks(axes, 6)
-    _style(axes, title)
+    _style(axes, title, width)
     _save(figure, path)
 
 
@@ -217,15 +276,16 @@ def save_bars(
       labels: of the groups.
       title: of the chart.
     """
-    figure = _figure(max(720, 60 * len(labels)), 440)
+    width = max(720, 60 * len(labels))
+    figure = _figure(width, 440)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     axes = figure.add_subplot()
-    width = 0.8 / len(series)
+    bar = 0.8 / len(series)
     for i, (name, values) in enumerate(series.items()):
-        place = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * width
-        axes.bar(place, values, width, color=_LINES[i % len(_LINES)], label=name)
+        place = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * bar
+        axes.bar(place, values, bar, color=_LINES[i % len(_LINES)], label=name)
     axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
-    _style(axes, title)
+    _style(axes, title, width)
     _save(figure, path)
 
 
@@ -236,18 +296,35 @@ def _limit_ticks(axes: "Axes", most: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(most, integer=True))
 
 
-def _style(axes: "Axes", title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+def _style(axes: "Axes", title: str, width: int) -> None:
+    """Dresses a chart of `width` px, with title and legend above it, where no curve is."""
     axes.tick_params(labelsize=8, colors=_INK, length=0)
     axes.grid(color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    axes.legend(fontsize=8, frameon=True, framealpha=0.8, edgecolor="none", labelcolor=_INK)
+    names = axes.get_legend_handles_labels()[1]
+    longest = max(len(name) - name.count("$") - name.count("_") for name in names)
+    legend = axes.legend(
+        title=title,
+        title_fontsize=10,
+        fontsize=8,
+        ncols=max(1, width // (_LETTER * longest + 36)),
+        handlelength=1.2,
+        columnspacing=1.2,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.3,
+        borderpad=0.2,
+        alignment="left",
+        frameon=False,
+        labelcolor=_INK,
+    )
+    legend.get_title().set_color(_INK)
 
 
 def _draw_chart(axes: "Axes", chart: _Chart, records: Sequence[Mapping[str, Any]]) -> None:
     for (key, name), color in zip(chart.series.items(), _LINES, strict=False):
-        points = [(r["step"], r[key] * chart.factor) for r in records if r.get(key) is not None]
+        points = _points(chart, key, records)
         if not points:
             continue
         steps, values = np.array(points, np.float64).T
@@ -265,7 +342,18 @@ def _draw_chart(axes: "Axes", chart: _Chart, records: Sequence[Mapping[str, Any]
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if chart.share:
         axes.set_ylim(-3, 103)
-    _style(axes, chart.title)
+    _style(axes, chart.title, _CHART_WIDTH)
+
+
+def _points(
+    chart: _Chart, key: str, records: Sequence[Mapping[str, Any]]
+) -> list[tuple[float, float]]:
+    """Steps and values of one line of a chart."""
+    return [
+        (record["step"], record[key] * chart.factor)
+        for record in records
+        if record.get(key) is not None and (bank_was_ready(record) or not chart.when_ready)
+    ]
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -306,7 +394,18 @@ def _figure(width: int, height: int) -> "Figure":
 def _write(figure: "Figure", x: int, y: int, text: str, **style: Any) -> None:
     """Writes `text` vertically centred on (x, y) px from the lower left corner."""
     width, height = figure.bbox.size
-    figure.text(x / width, y / height, text, va="center", color=_INK, **style)
+    where = x / width, y / height
+    # Names of classes and files are the user's, and no formulas.
+    figure.text(*where, text, va="center", color=_INK, parse_math=False, **style)
+
+
+def _pixels(figure: "Figure") -> np.ndarray:
+    """(H, W, 3) uint8 RGB."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _save(figure: "Figure", path: Path) -> None:

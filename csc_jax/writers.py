@@ -152,6 +152,15 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def bank_was_ready(record: Mapping[str, Any]) -> bool:
+    """Whether the memory bank held every class in all steps of a record.
+
+    Before that, Separ and the verdicts of the gates mean nothing. A record that does not say so, as
+    those of a method without bank, counts as one that does.
+    """
+    return bool(record.get("train/ready", 1.0) == 1.0)
+
+
 class Progress:
     """The terminal's view of a run: a bar on a terminal, plain lines elsewhere."""
 

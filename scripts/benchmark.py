@@ -22,8 +22,11 @@ SUBJECTS = ("contrast", "step", "data", "model", "startup", "methods", "health")
 
 def run() -> int:
     """Runs the benchmark that the first argument names; returns the exit status."""
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if len(sys.argv) < 2 or sys.argv[1] not in SUBJECTS:
-        print(f"usage: benchmark.py {{{','.join(SUBJECTS)}}} [--help]", file=sys.stderr)
+        print(f"usage: benchmark.py {{{','.join(SUBJECTS)}}} --flag=value …", file=sys.stderr)
         return 2
     subject = sys.argv.pop(1)
     importlib.import_module(f"benchmarks.{subject}").run()

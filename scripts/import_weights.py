@@ -16,8 +16,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
+from csc_jax import command_help, main
 from csc_jax import config as config_lib
-from csc_jax import main
 from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
 from csc_jax.experiment import build, load_data
@@ -31,6 +31,9 @@ log = logging.getLogger("csc_jax")
 
 def run() -> int:
     """Imports; returns the exit status."""
+    if command_help.asked(sys.argv):
+        print(__doc__)
+        return 0
     weights = flags.DEFINE_string(
         "weights", None, "FILE, hf:OWNER/REPO/FILE or pip:NAME.", required=True
     )
@@ -38,9 +41,9 @@ def run() -> int:
     flags.mark_flag_as_required("workdir")
     main.log_to_terminal()
     try:
-        main.parse(sys.argv)
-        values = flags.FLAGS
-        import_weights(values.config, weights.value, Path(values.workdir), strict=strict.value)
+        config = main.parse(sys.argv)
+        workdir = Path(flags.FLAGS.workdir)
+        import_weights(config, weights.value, workdir, strict=strict.value)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

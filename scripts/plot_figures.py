@@ -72,8 +72,10 @@ def draw(folders: dict[str, Path], checkpoint: str, images: int, out: Path) -> N
             first = next(iter(folders.values()))
             raise UserError(f"{folders[name]} was trained on other classes than {first}.")
 
-    _lines(folders, "train/separation", "Separ (Eq. 9), lower is better", out / "fig1_separ.png")
-    _lines(folders, "train/consistency", "Cons (Eq. 7), higher is better", out / "fig2_cons.png")
+    data_set = experiments[0].config.data.name
+    separ, cons = f"Separ (Eq. 9) on {data_set}", f"Cons (Eq. 7) on {data_set}"
+    _lines(folders, "train/separation", f"{separ}, lower is better", out / "fig1_separ.png")
+    _lines(folders, "train/consistency", f"{cons}, higher is better", out / "fig2_cons.png")
     _bars(restored, out / "fig4_class_separation.png")
     _examples(restored, images, out / "fig5_examples.png")
 
@@ -81,11 +83,10 @@ def draw(folders: dict[str, Path], checkpoint: str, images: int, out: Path) -> N
 def _lines(folders: dict[str, Path], key: str, title: str, path: Path) -> None:
     series = {}
     for name, folder in folders.items():
-        # Separ of a bank that still lacks classes is no measure of anything.
         points = [
             (record["step"], record[key])
-            for record in writers.read_metrics(folder)
-            if record.get(key) is not None and record.get("train/ready", 1.0) == 1.0
+            for record in filter(writers.bank_was_ready, writers.read_metrics(folder))
+            if record.get(key) is not None
         ]
         if points:
             series[name] = tuple(zip(*points, strict=True))
@@ -102,7 +103,8 @@ def _bars(restored: dict[str, tuple[Experiment, TrainState]], path: Path) -> Non
     }
     if series:
         experiment = next(iter(restored.values()))[0]
-        title = "Mean cosine of a class's mean feature to the others', lower is better"
+        data_set = experiment.config.data.name
+        title = f"Cosine of a class's mean feature to the others' on {data_set}, lower is better"
         visualize.save_bars(path, series, experiment.class_names, title)
     _report(path, bool(series))
 
@@ -111,7 +113,7 @@ def _examples(restored: dict[str, tuple[Experiment, TrainState]], images: int, p
     experiment = next(iter(restored.values()))[0]
     config = experiment.config
     source = data.load(config.data).source(config.eval.split)
-    chosen = [source[i] for i in np.linspace(0, len(source) - 1, images).round().astype(int)]
+    chosen = [source[i] for i in source.spread(images)]
     columns = {"image": [example["image"] for example in chosen]}
     for name, (experiment, state) in restored.items():
         network = getattr(state, experiment.config.eval.network)

@@ -8,24 +8,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from csc_jax import config_checks, data, main
+from csc_jax import command_help, data, main
 from csc_jax.errors import UserError
 
 
 def run(argv: Sequence[str]) -> int:
     """Prepares one data set; returns the exit status: 0, or 2 for bad input."""
+    if command_help.asked(argv):
+        print(__doc__)
+        return 0
     main.log_to_terminal()
     try:
-        main.parse(argv)
-        try:
-            config = flags.FLAGS.config
-            config_checks.validate(config)
-        except OSError as error:  # ml-collections keeps a failure to load till it is asked
-            raise UserError(f"--config cannot be read. {error}") from error
+        config = main.parse(argv)
         dataset = data.load(config.data)
         lists = data.partition(config.data, dataset, config.seed)
     except UserError as error:

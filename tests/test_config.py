@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -143,7 +144,10 @@ def test_bad_values_are_explained(arguments, message):
 
 
 def test_the_command_trains_evaluates_and_predicts(tmp_path):
-    """The one test of real processes: `python -m csc_jax.main` and the `csc-jax` command."""
+    """The one test of real processes: `python -m csc_jax.main` and the `csc-jax` command.
+
+    They start in another folder, where the config is known by its name.
+    """
     _, config = load_config(ROOT / "configs" / "synthetic.py")
     options = {"train__steps": 2, "train__eval_every": 0}
     # The other processes do not know the backbone of the tests.
@@ -157,17 +161,23 @@ def test_the_command_trains_evaluates_and_predicts(tmp_path):
     ]
     workdir = f"--workdir={tmp_path / 'run'}"
     command = [sys.executable, "-m", "csc_jax.main", workdir]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     images = tmp_path / "images"
     images.mkdir()
 
     def call(*arguments: str) -> str:
         done = subprocess.run(
-            [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
+            [*command, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    printed = call("--config=configs/synthetic.py", *overrides)
+    printed = call("--config=synthetic", *overrides)
     assert "step 2/2  loss" in printed
     mean = next(line for line in printed.splitlines() if line.startswith("mean IoU"))
     assert mean in call("--mode=evaluate", "--config.train.log_every=5")

@@ -1,14 +1,18 @@
-"""pyproject.toml, the files of pins, the sources and the tests name the same packages."""
+"""pyproject.toml, pins, sources and tests name the same packages; the wheel is whole."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from hatchling.build import build_wheel
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -80,3 +84,26 @@ def test_make_parity_runs_what_is_skipped_without_a_package():
 def test_version_has_one_source():
     assert metadata.version("csc-jax") == csc_jax.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", csc_jax.__version__)
+
+
+def test_the_wheel_finds_its_configs_by_name_wherever_it_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    wheel = build_wheel(str(tmp_path))
+    with zipfile.ZipFile(tmp_path / wheel) as archive:
+        archive.extractall(tmp_path / "site")  # all that an installation does, but for its scripts
+    shipped = tmp_path / "site" / "csc_jax" / "configs"
+    sources = sorted((ROOT / "configs").glob("*.py"))
+    assert [path.name for path in sorted(shipped.iterdir())] == [path.name for path in sources]
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        # A file that loads another.
+        [sys.executable, "-m", "csc_jax.main", "--config=camvid_pretrained", "--helpfull"],
+        cwd=tmp_path / "elsewhere",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"(files in {shipped})" in done.stdout
+    assert "\n  --config.model.backbone=efficientnet_lite0\n" in done.stdout
+    assert "\n  --config.data.image_size=144,192\n" in done.stdout  # camvid.py's

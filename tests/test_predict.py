@@ -1,11 +1,14 @@
-"""`predict_folder` on a network that names the brightest channel."""
+"""Masks and overlays of a network that names the brightest channel; images of any size."""
 
 import dataclasses
+import io
 
 import cv2
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+from scipy import ndimage
 from tiny import tiny_config
 
 from csc_jax import config as config_lib
@@ -16,6 +19,7 @@ from csc_jax.predict import predict_folder
 from csc_jax.state import Network
 
 PALETTE = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
+NAMES = ("red", "green", "blue")
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +35,8 @@ def predict(mesh1):
     return lambda image: np.asarray(predictor({"scale": jnp.float32(2)}, image[None]))[0]
 
 
-def run(predict, images, out, **options):
-    options = {"palette": PALETTE, "image_size": (0, 0)} | options
-    return predict_folder(predict, images, out, **options)
+def run(predict, images, out):
+    return predict_folder(predict, images, out, palette=PALETTE, class_names=NAMES)
 
 
 def save(path, classes):
@@ -44,8 +47,11 @@ def save(path, classes):
     return image
 
 
-def read(path, flags=cv2.IMREAD_UNCHANGED):
-    return cv2.imdecode(np.fromfile(path, np.uint8), flags)
+def read(path):
+    """Returns the values that a PNG stores, and its palette."""
+    with Image.open(path) as image:
+        palette = image.getpalette() or []
+        return np.asarray(image), np.array(palette, np.uint8).reshape(-1, 3)
 
 
 @pytest.fixture
@@ -68,27 +74,111 @@ def test_writes_index_and_overlay_at_the_images_own_size(predict, folder, tmp_pa
     written = run(predict, folder, out)
     assert [path.name for path in written] == ["a.png", "größe 2.png"]
     for path, name in zip(written, classes, strict=True):
-        index = read(path)
+        index, palette = read(path)
         assert index.dtype == np.uint8
         np.testing.assert_array_equal(index, classes[name])
-        overlay = read(out / f"{path.stem}_overlay.png", cv2.IMREAD_COLOR_RGB)
+        np.testing.assert_array_equal(palette[:3], PALETTE)  # a viewer shows colours
+        overlay, _ = read(out / f"{path.stem}_overlay.png")
         halves = images[name].astype(int) + PALETTE[classes[name]]
-        np.testing.assert_array_equal(overlay, halves // 2)
+        height, width = index.shape
+        np.testing.assert_array_equal(overlay[:height, :width], halves // 2)
+        for color in PALETTE:  # the legend
+            assert (overlay[height:] == color).all(axis=-1).sum() == 14 * 14
     assert len(list(out.iterdir())) == 4
 
 
-def test_one_file_and_a_size_for_the_network(predict, folder, tmp_path):
+def test_one_file_is_enough(predict, folder, tmp_path):
     classes = np.array([[0, 1], [2, 0]]).repeat(30, 0).repeat(50, 1)
     save(folder / "one.jpg", classes)
+    (index,) = run(predict, folder / "one.jpg", tmp_path / "out")
+    np.testing.assert_array_equal(read(index)[0], classes)
+
+
+@pytest.mark.parametrize("count", [2, 3, 21, 255])
+def test_index_pngs_hold_ids_for_any_number_of_classes(count):
+    """Pillow would write 1, 2 or 4 bits a pixel for a short palette."""
+    rng = np.random.default_rng(0)
+    palette = rng.integers(0, 256, (count, 3), np.uint8)
+    classes = np.append(rng.integers(0, count, 99), 255).astype(np.uint8).reshape(10, 10)
+    encoded = evaluation.encode_with_palette(classes, palette)
+    assert encoded[24] == 8  # bits, in the header
+    values, stored = read(io.BytesIO(encoded))
+    np.testing.assert_array_equal(values, classes)
+    np.testing.assert_array_equal(stored[:count], palette)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (9, 61), (5, 7), (10, 15)])
+def test_enlarged_logits_decide_at_the_size_of_the_image(size):
+    """Pixel centres lie at halves, as where the image was made smaller; SciPy interpolates."""
+    logits = np.random.default_rng(0).normal(size=(10, 15, 5)).astype(np.float32)
+    rows, columns = (
+        (np.arange(new) + 0.5) * old / new - 0.5
+        for new, old in zip(size, logits.shape, strict=False)
+    )
+    grid = np.meshgrid(rows, columns, indexing="ij")
+    planes = [
+        ndimage.map_coordinates(logits[..., c].astype(float), grid, order=1, mode="nearest")
+        for c in range(5)
+    ]
+    best, second = np.sort(planes, axis=0)[[-1, -2]]
+    ids = evaluation.enlarge(logits, size)
+    assert (ids.shape, ids.dtype) == (size, np.uint8)
+    decided = best - second > 1e-4
+    assert decided.mean() > 0.99
+    np.testing.assert_array_equal(ids[decided], np.argmax(planes, axis=0)[decided])
+
+
+def test_a_border_within_a_pixel_stays_where_the_logits_have_it():
+    """Class 1 leads from x = 1.2 on; four times as wide that is 6.3, where ids would jump at 8."""
+    logits = np.stack([np.zeros((1, 4)), np.arange(4)[None] - 1.2], axis=-1).astype(np.float32)
+    np.testing.assert_array_equal(evaluation.enlarge(logits, (1, 16))[0], np.arange(16) > 6.3)
+
+
+def test_an_image_of_another_size_is_seen_at_that_of_the_training(mesh1):
     seen = []
 
-    def spy(image):
-        seen.append(image.shape)
-        return predict(image)
+    def spy(variables, images):
+        seen.append(images.shape)
+        return jnp.asarray(images, jnp.float32)  # brightness of a channel as the class's logit
 
-    (index,) = run(spy, folder / "one.jpg", tmp_path / "out", image_size=(12, 20))
-    assert seen == [(12, 20, 3)]
-    np.testing.assert_array_equal(read(index), classes)
+    config = tiny_config(data__image_size=(12, 20))
+    experiment = build(config_lib.resolve(config, steps_per_epoch=1), NAMES, PALETTE)
+    segment = dataclasses.replace(experiment, predict=None, predict_logits=spy).segment
+    columns = np.where(np.arange(100) < 37, 0, 2)  # no multiple of 5, the ratio of the sizes
+    image = 40 + 180 * np.eye(3, dtype=np.uint8)[np.tile(columns, (60, 1))]
+    classes = segment(Network({}, {}), image)
+    assert seen == [(1, 12, 20, 3)]
+    # The averaged column has 2 of 5 parts of class 0: the border lies at 37 px; ids have 35 or 40.
+    np.testing.assert_array_equal(classes, np.tile(columns, (60, 1)))
+
+
+def test_an_image_of_that_size_is_left_as_it_is():
+    config = tiny_config(data__image_size=(12, 20))
+    experiment = build(config_lib.resolve(config, steps_per_epoch=1), NAMES, PALETTE)
+
+    def ids(variables, images):
+        return jnp.argmax(images, axis=-1).astype(jnp.uint8)
+
+    segment = dataclasses.replace(experiment, predict=ids, predict_logits=None).segment
+    image = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+    np.testing.assert_array_equal(segment(Network({}, {}), image), image.argmax(-1))
+
+
+def test_a_predictor_gives_the_logits_that_its_class_ids_come_from(mesh1):
+    def logits(variables, images):
+        return images[:, ::2, ::2].astype(jnp.float32)
+
+    def half(size):
+        return (size + 1) // 2
+
+    options = {"num_classes": 3, "mode": "sliding", "window": (8, 8), "mesh": mesh1, "flip": True}
+    ids = evaluation.make_predictor(logits, half, **options)
+    values = evaluation.make_predictor(logits, half, **options, as_logits=True)
+    images = np.random.default_rng(0).integers(0, 256, (1, 13, 11, 3), np.uint8)
+    found = np.asarray(values({}, images))
+    assert (found.shape, found.dtype) == ((1, 13, 11, 3), np.float32)
+    np.testing.assert_allclose(found.sum(axis=-1), 2.0, rtol=1e-5)  # probabilities of two views
+    np.testing.assert_array_equal(found.argmax(axis=-1), np.asarray(ids({}, images)))
 
 
 def test_an_image_is_predicted_on_any_number_of_devices():

@@ -89,8 +89,10 @@ def test_panels_show_the_worst_and_the_best_images(run, scored, monkeypatch):
         assert cv2.imread(str(folder / f"val_student_{STEP}_whole_{kind}.png")) is not None
     drawn = []
 
-    def spy(path, columns, palette, class_names, title, row_titles):
+    def spy(path, columns, palette, class_names, title, row_titles, hatched):
         drawn.append((path.stem, columns, row_titles))
+        assert hatched == "ignored or correct"
+        assert title.endswith(" images of val: supervised on synthetic, seed 0, student at step 0")
 
     monkeypatch.setattr("csc_jax.visualize.save_panel", spy)
     score(changed(config, panels=2), workdir, "latest")

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from csc_jax import visualize
 
@@ -24,7 +26,7 @@ def is_hatched(pixels):
 
 def place_of(panel, color):
     """Returns the rows and columns between which a colour occurs, without the legend."""
-    rows, columns = np.nonzero((panel[:-64] == color).all(axis=-1))
+    rows, columns = np.nonzero((panel[:-32] == color).all(axis=-1))
     return rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
 
 
@@ -35,6 +37,33 @@ def test_colorize_paints_classes_and_hatches_the_rest():
     assert drawn.dtype == np.uint8
     np.testing.assert_array_equal(drawn[:, :3], np.broadcast_to(PALETTE, (16, 3, 3)))
     assert is_hatched(drawn[:, 3:])
+
+
+@pytest.mark.parametrize(("width", "side"), [(300, 14), (40, 14), (2400, 28)])
+def test_a_legend_stands_below_a_picture_that_stays_as_it_is(width, side):
+    picture = np.random.default_rng(0).integers(0, 100, (50, width, 3), np.uint8)
+    whole = visualize.with_legend(picture, PALETTE, NAMES)
+    assert whole.dtype == np.uint8
+    np.testing.assert_array_equal(whole[:50, :width], picture)
+    assert (whole[:50, width:] == 255).all()
+    legend = whole[50:]
+    assert not GREYS & set(np.unique(legend[:, :side]))  # nothing is hatched
+    for color, name in zip(PALETTE, NAMES, strict=True):
+        rows, columns = np.nonzero((legend == color).all(axis=-1))
+        assert len(rows) == side * side, name
+        top, left = rows.min(), columns.min()
+        assert (rows.max() + 1 - top, columns.max() + 1 - left) == (side, side)
+        beside = legend[top : top + side, left + side + 4 :]
+        assert (beside < 128).all(axis=-1).any(), name  # dark letters
+
+
+def test_names_are_no_formulas():
+    names = ("$\\frac", "100$ bill$_", "Straße")
+    assert visualize.with_legend(np.zeros((9, 300, 3), np.uint8), PALETTE, names).shape == (
+        33,
+        300,
+        3,
+    )
 
 
 def test_overlay_blends_half_and_half():
@@ -75,6 +104,34 @@ def test_panel_has_a_legend_entry_for_each_class(tmp_path):
     panel = read(tmp_path / "p.png")
     for color in PALETTE:
         assert (panel == color).all(axis=-1).sum() == 14 * 14
+
+
+def test_the_legend_says_what_is_hatched(tmp_path, monkeypatch):
+    seen, legend = [], visualize._legend
+
+    def spy(colors, names, *size):
+        seen.append(names)
+        return legend(colors, names, *size)
+
+    monkeypatch.setattr(visualize, "_legend", spy)
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    for hatched in ({}, {"hatched": "ignored or correct"}):
+        visualize.save_panel(tmp_path / "p.png", {"image": [picture]}, PALETTE, NAMES, **hatched)
+        panel = read(tmp_path / "p.png")
+        greys = [(panel == grey).all(axis=-1).sum() for grey in (56, 110)]
+        assert sum(greys) >= 14 * 14  # its swatch; letters have some of these greys as well
+        assert min(greys) > 0
+    assert seen == [(*NAMES, "ignored"), (*NAMES, "ignored or correct")]
+
+
+def test_a_panel_is_as_wide_as_its_title(tmp_path):
+    title = (
+        "worst images of val: cutmix_mean_teacher+csc on pascal_voc, seed 0, teacher at step 39000"
+    )
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    visualize.save_panel(tmp_path / "p.png", {"image": [picture]}, PALETTE, NAMES, title)
+    ink = np.nonzero((read(tmp_path / "p.png")[:34] < 128).all(axis=-1))[1]
+    assert 600 < ink.max() < read(tmp_path / "p.png").shape[1] - 8
 
 
 def test_large_pictures_of_several_sizes_fit_a_panel(tmp_path):
@@ -130,8 +187,8 @@ def test_sheet_leaves_out_charts_without_records(tmp_path, records):
     visualize.save_curves(tmp_path / "two.png", [never | r for r in records], "csc")
     visualize.save_curves(tmp_path / "all.png", everything, "csc")
     two, all_charts = read(tmp_path / "two.png"), read(tmp_path / "all.png")
-    assert two.shape == (334, 880, 3)
-    assert all_charts.shape == (934, 1320, 3)
+    assert two.shape == (354, 880, 3)
+    assert all_charts.shape == (994, 1320, 3)
 
 
 def test_sheet_draws_the_lines(tmp_path, records):
@@ -141,6 +198,60 @@ def test_sheet_draws_the_lines(tmp_path, records):
     for color, left, right in [(blue, 0, 440), (blue, 440, 880)]:
         assert (sheet[:, left:right] == color).all(axis=-1).any()
     assert not (sheet == orange).all(axis=-1)[:, 440:].any()  # the student was not scored
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, drawn."""
+    kept = []
+
+    def keep(figure, path):
+        FigureCanvasAgg(figure).draw()
+        kept.append(figure)
+
+    monkeypatch.setattr(visualize, "_save", keep)
+    return kept
+
+
+def test_legends_cover_no_curve_and_no_other_legend(records, figures):
+    keys = [key for chart in visualize._CHARTS for key in chart.series]
+    path, steps = Path("unused"), list(range(50))
+    visualize.save_curves(path, [dict.fromkeys(keys, 0.123456) | r for r in records], "csc")
+    runs = {f"a run with a rather long name {i}": (steps, steps) for i in range(6)}
+    visualize.save_lines(path, runs, "Separ (Eq. 9) on cityscapes, lower is better")
+    visualize.save_bars(path, dict.fromkeys(runs, [1.0] * 3), NAMES, "Mean cosine")
+    for figure in figures:
+        plots = [axes.get_window_extent() for axes in figure.axes]
+        legends = [axes.get_legend().get_window_extent() for axes in figure.axes]
+        titles = [axes.get_legend().get_title().get_text() for axes in figure.axes]
+        assert all(titles)
+        for i, legend in enumerate(legends):
+            assert not any(legend.padded(-1).overlaps(box) for box in plots)
+            assert not any(legend.overlaps(box) for box in legends[:i])
+            assert legend.x0 >= 0
+            assert legend.x1 <= figure.bbox.x1
+            assert legend.y1 <= figure.bbox.y1
+    assert [len(figure.axes) for figure in figures] == [8, 1, 1]
+
+
+def test_separ_and_gates_begin_where_the_bank_is_ready(figures):
+    """At step 30 it became ready within the window of a record."""
+    bank = ("separation", "enqueue_accepted", "consistency_accepted", "bank_fill", "loss")
+    readiness = {10: 0.0, 20: 0.0, 30: 0.4, 40: 1.0, 50: 1.0}
+    records = [
+        {"step": step, "train/ready": ready} | {f"train/{name}": 0.5 for name in bank}
+        for step, ready in readiness.items()
+    ]
+    records.append({"step": 10, "train/consistency": 0.9})  # has no bank in it
+    visualize.save_curves(Path("unused"), records)
+    visualize.save_curves(Path("unused"), [r for r in records if r["step"] < 40])
+    begins = [
+        {axes.get_legend().get_title().get_text(): axes.lines[0].get_xdata()[0] for axes in f.axes}
+        for f in figures
+    ]
+    unready = {"Losses": 10, "Cons (Eq. 7), higher is better": 10, "Memory bank": 10}
+    ready = {"Separ (Eq. 9), lower is better": 40, "Bank updates that passed the gate": 40}
+    assert begins == [unready | ready, unready]
 
 
 def test_a_run_without_records_yields_a_png(tmp_path):

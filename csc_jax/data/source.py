@@ -36,6 +36,11 @@ class Source:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def spread(self, count: int) -> list[int]:
+        """Returns up to `count` indices, equally far apart: neighbours may be frames of a video."""
+        indices = np.linspace(0, len(self) - 1, min(count, len(self)))
+        return indices.round().astype(int).tolist()
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns {"id": str, "image": (H, W, 3) uint8 RGB, "label": (H, W) uint8}.
 

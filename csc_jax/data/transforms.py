@@ -15,13 +15,18 @@ IGNORE = 255
 def resize(
     image: np.ndarray, label: np.ndarray, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resizes to `size` = (height, width) px: image bilinear, or by area where it shrinks."""
-    height, width = size
-    if (height, width) == label.shape:
+    """Resizes both to `size` = (height, width) px: the image as `resize_image`."""
+    if size == label.shape:
         return image, label
-    shrinks = height <= label.shape[0] and width <= label.shape[1]
+    return resize_image(image, size), _nearest(label, size)
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes to `size` = (height, width) px: bilinear, or by area where it shrinks."""
+    height, width = size
+    shrinks = height <= image.shape[0] and width <= image.shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), interpolation=interpolation), _nearest(label, size)
+    return cv2.resize(image, (width, height), interpolation=interpolation)
 
 
 def random_resized_crop(

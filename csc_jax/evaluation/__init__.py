@@ -1,8 +1,8 @@
 """Scores of a network on a split: inference, confusion matrix, mean IoU, files to submit."""
 
 from csc_jax.evaluation.metrics import OnImage, Scores, confusion_matrix, evaluate
-from csc_jax.evaluation.predictor import make_predictor
-from csc_jax.evaluation.submission import PredictionWriter, check_folder
+from csc_jax.evaluation.predictor import enlarge, make_predictor
+from csc_jax.evaluation.submission import PredictionWriter, check_folder, encode_with_palette
 
 __all__ = [
     "OnImage",
@@ -10,6 +10,8 @@ __all__ = [
     "Scores",
     "check_folder",
     "confusion_matrix",
+    "encode_with_palette",
+    "enlarge",
     "evaluate",
     "make_predictor",
 ]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,7 @@ def make_predictor(
     fill: Sequence[float] = (0.0, 0.0, 0.0),
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
+    as_logits: bool = False,
 ) -> Callable[[Any, np.ndarray], jax.Array]:
     """Builds `predict(variables, images)`, compiled once for each padded shape of `images`.
 
@@ -72,6 +74,9 @@ def make_predictor(
       fill: RGB, 0..255, of the padding.
       scales: ratios to which the images are resized; at least one.
       flip: whether each scale is seen mirrored, too.
+      as_logits: whether `predict` returns what it takes the largest of in place of class ids, for
+        `enlarge`: (B, H', W', C) float32 logits, or sums of probabilities with flips or scales.
+        Not for mode `center_crop`.
 
     Returns:
       predict: (variables, images (B, H, W, 3) uint8) -> (B, H', W') uint8 class ids, split over
@@ -97,7 +102,9 @@ def make_predictor(
     sharding = batch_sharding(mesh)
 
     @functools.partial(jax.jit, out_shardings=sharding)
-    def class_ids(variables: Any, images: jax.Array, size: jax.Array) -> jax.Array:
+    def compute(variables: Any, images: jax.Array, size: jax.Array) -> jax.Array:
+        if as_logits:
+            return logits(variables, images, size)
         if mode == "center_crop":
             return _in_the_middle(logits, variables, images, size, window)
         return _class_ids(logits, variables, images, size)
@@ -121,9 +128,32 @@ def make_predictor(
                     "--config.eval.size_multiple=64 pads them to fewer.",
                     _MANY_SHAPES,
                 )
-        return class_ids(variables, place_whole(images, sharding), size)
+        return compute(variables, place_whole(images, sharding), size)
 
     return predict
+
+
+def enlarge(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns the class ids of an image that was resized for the network, at its own size.
+
+    Borders between classes come out as smooth as the logits are; enlarged class ids have steps.
+
+    Args:
+      logits: (h, w, C) float32, C at most 255; what is resized bilinearly.
+      size: (height, width) px of the image.
+
+    Returns:
+      `size` uint8 class ids.
+    """
+    height, width = size
+    ids = np.zeros(size, np.uint8)
+    best = np.full(size, -np.inf, np.float32)
+    for index in range(logits.shape[-1]):  # all at once would need C float32 maps of that size
+        plane = np.ascontiguousarray(logits[..., index])
+        plane = cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR)
+        ids[plane > best] = index
+        np.maximum(best, plane, out=best)
+    return ids
 
 
 def pad_to_multiple(images: np.ndarray, multiple: int, fill: Sequence[float]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Predictions as PNG files, named and coded as each benchmark's own evaluator reads them."""
 
 import dataclasses
+import functools
 import io
 import re
 import tempfile
@@ -132,9 +133,16 @@ def _encode_label_ids(classes: np.ndarray) -> bytes:
     return _png(Image.fromarray(np.array(CITYSCAPES_LABEL_IDS, np.uint8)[classes]))
 
 
-def _encode_with_palette(classes: np.ndarray) -> bytes:
+def encode_with_palette(classes: np.ndarray, palette: np.ndarray) -> bytes:
+    """Returns a PNG of class ids, (H, W) uint8, that a viewer shows in colours, (C, 3) uint8 RGB.
+
+    Its values are the class ids: `np.asarray(PIL.Image.open(path))` reads them. OpenCV, which does
+    not know palettes, reads colours.
+    """
+    colors = np.zeros((256, 3), np.uint8)  # with fewer, Pillow would write fewer bits a pixel
+    colors[: len(palette)] = palette
     image = Image.fromarray(classes)
-    image.putpalette(voc_palette().tobytes())
+    image.putpalette(colors.tobytes())
     return _png(image)
 
 
@@ -158,5 +166,7 @@ def _not_written(path: Path, error: OSError) -> UserError:
 _PLAIN = _Format(_plain_name, _encode_plain)
 _FORMATS = {
     "cityscapes": _Format(_cityscapes_name, _encode_label_ids, _CITYSCAPES_SIZE),
-    "pascal_voc": _Format(_plain_name, _encode_with_palette),
+    "pascal_voc": _Format(
+        _plain_name, functools.partial(encode_with_palette, palette=voc_palette())
+    ),
 }
