@@ -170,6 +170,8 @@ def default_config() -> ConfigDict:
     c.method.unimatch_view.grayscale = 0.2  # probability of grey-scale
     c.method.unimatch_view.blur = 0.5  # probability of Gaussian blur
     c.method.unimatch_view.cutmix = 0.5  # probability of CutMix
+    c.method.unimatch_view.cutmix_area = (0.02, 0.4)  # of the box, as a ratio of the image's area
+    c.method.unimatch_view.cutmix_ratio = (0.3, 1 / 0.3)  # height of the box to its width
 
     c.method.unimatch_v2 = ConfigDict()  # Yang et al., TPAMI 2025
     c.method.unimatch_v2.threshold = 0.95  # probability that a pseudo-label must reach

@@ -77,6 +77,8 @@ def test_configs_survive_json():
         ("contrast.temperature", 0.0, r"contrast.temperature is 0\.0"),
         ("data.crop_size", (64,), "takes 2 numbers"),
         ("train.epochs", 3.0, "exactly one of them"),
+        ("method.unimatch_view.cutmix_area", (0.4, 0.02), "lowest and the highest value"),
+        ("method.unimatch_view.cutmix_ratio", (0.0, 1.0), r"within 0\.001 and 1000"),
         ("optimizer.warmup", 10_000, r"optimizer\.warmup is 10000"),
     ],
 )

@@ -87,6 +87,7 @@ def test_the_strong_view_is_unimatchs_whatever_other_methods_have(name):
         always, never = (run(name, **{field: p})[-2] for p in (1.0, 0.0))
         assert np.isfinite(always), operation
         assert always != never, operation
+    assert run(name, method__unimatch_view__cutmix_area=(0.4, 0.4))[-2] != loss
 
 
 @pytest.mark.parametrize("name", ["fixmatch", "unimatch", "unimatch_v2"])

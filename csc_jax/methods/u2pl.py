@@ -76,7 +76,9 @@ class U2PL(Method):
 
         logits = task.eval_forward(state.teacher, weak).logits
         pseudo = shared.confident_labels(logits, inside, 0.0)  # every pixel but padding
-        strong, mask = shared.strong_view(view_key, weak, config)
+        photo_key, mix_key = jax.random.split(view_key)
+        mask = augment.cutmix_mask(mix_key, weak.shape[0], size, config.cutmix)
+        strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
         pseudo_mixed = augment.mix(mask, pseudo)
         images = jnp.concatenate([labeled["image"].astype(jnp.float32), strong])
         student, batch_stats = task.train_forward(
