@@ -118,7 +118,7 @@ def default_config() -> ConfigDict:
     c.method.cct.i_vat = 2  # under the adversarial perturbation
     c.method.cct.obj_msk = 2  # under object masking
     c.method.cct.dropout_rate = 0.5  # probability of a channel (dropout)
-    # Of gamma, as a ratio of the most active pixel (f_drop); the paper's, their code has 0.7, 0.9.
+    # Of gamma, a ratio of the most active pixel (f_drop); the paper's, their code has (0.7, 0.9)
     c.method.cct.drop_range = (0.6, 0.9)
     c.method.cct.noise = 0.3  # the noise is uniform in ± this, as a ratio of the feature (f_noise)
     c.method.cct.erase = 0.4  # sides of the hole, as a ratio of those of the object (g_cutout)

@@ -284,7 +284,7 @@ def save_bars(
     for i, (name, values) in enumerate(series.items()):
         place = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * bar
         axes.bar(place, values, bar, color=_LINES[i % len(_LINES)], label=name)
-    axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
+    axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right", parse_math=False)
     _style(axes, title, width)
     _save(figure, path)
 
