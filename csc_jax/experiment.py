@@ -80,12 +80,14 @@ class Experiment:
     ) -> evaluation.Scores:
         """Scores a network on a split in the way that `config.eval` says.
 
-        `before_batch` may raise to end it early, on all processes at the same batch; for `on_image`
-        see `evaluation.evaluate`.
+        `batch.eval` is rounded up to a multiple of the devices, each of which predicts as many
+        images. `before_batch` may raise to end it early, on all processes at the same batch; for
+        `on_image` see `evaluation.evaluate`.
         """
+        batch_size = -(-self.config.batch.eval // self.mesh.size) * self.mesh.size
 
         def batches() -> Iterator[dict[str, Any]]:
-            for batch in data.eval_batches(source, self.config.batch.eval):
+            for batch in data.eval_batches(source, batch_size):
                 before_batch()
                 yield batch
 

@@ -60,8 +60,8 @@ def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
 
 
 def check_batch_sizes(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError for a batch that does not divide by the mesh."""
-    for name in ("labeled", "unlabeled", "eval"):
+    """Raises UserError for a batch of training that does not divide by the mesh."""
+    for name in ("labeled", "unlabeled"):
         size = config.batch[name]
         if size % mesh.size:
             raise UserError(
