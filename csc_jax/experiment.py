@@ -102,13 +102,19 @@ class Experiment:
         )
 
 
-def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray) -> Experiment:
+def build(
+    config: ConfigDict,
+    class_names: tuple[str, ...],
+    palette: np.ndarray,
+    devices: Sequence[jax.Device] | None = None,
+) -> Experiment:
     """Assembles an experiment; touches the accelerator only to count its devices.
 
     Args:
       config: valid and resolved.
       class_names: of the data set.
       palette: (C, 3) uint8 RGB, for drawing.
+      devices: to choose the mesh from; None = all that JAX sees.
 
     Raises:
       UserError: a field that does not fit the data set, the devices or another field.
@@ -117,7 +123,7 @@ def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray)
     model = models.build(config.model, num_classes, aux_head=config.loss.aux_weight > 0)
     task = methods.Task(config, model, num_classes, config.train.steps)
     method = methods.build(task)
-    mesh = sharding.make_mesh(config.parallel.devices, config.parallel.fsdp)
+    mesh = sharding.make_mesh(config.parallel.devices, config.parallel.fsdp, devices)
     sharding.check_batch_sizes(config, mesh)
 
     def logits(variables: dict[str, Any], images: jax.Array) -> jax.Array:

@@ -1,9 +1,11 @@
-"""Command line: train, evaluate or predict.
+"""Command line: train, evaluate, predict or plan.
 
 python -m csc_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --save_predictions=DIR
 python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
+python -m csc_jax.main --mode=plan --topology=v5e:4x4 --config=configs/cityscapes.py
+    --config.batch.labeled=32 --config.batch.unlabeled=32
 
 docs/scaling.md has the commands for several devices, hosts and processes.
 """
@@ -34,6 +36,7 @@ from ml_collections import config_flags
 from csc_jax import config as config_lib
 from csc_jax import config_checks, distributed, stored_config
 from csc_jax.errors import Diverged, Interrupted, UserError
+from csc_jax.plan import plan
 from csc_jax.predict import predict_folder
 from csc_jax.score import load, score
 from csc_jax.train import train
@@ -42,10 +45,10 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "A file of configs/; any field is overridden by --config.section.field=value. Without it, "
-    "evaluate and predict take the config of the run in --workdir.",
+    "evaluate, predict and plan take the config of the run in --workdir.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, plots.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "predict"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "predict", "plan"], "What to do.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "evaluate, predict: latest, best (by mIoU on the val split) or a step."
 )
@@ -55,7 +58,19 @@ _SAVE_PREDICTIONS = flags.DEFINE_string(
     "evaluate: folder for a PNG an image: Cityscapes label ids, Pascal VOC palette, or class ids.",
 )
 _IMAGES = flags.DEFINE_string("images", None, "predict: an image or a folder of images.")
-_OUT = flags.DEFINE_string("out", None, "predict: folder for overlays and index PNGs.")
+_OUT = flags.DEFINE_string(
+    "out", None, "predict: folder for overlays and index PNGs; plan: JSON file of the plan."
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "plan: hardware to compile for, such as v5e:4x4 or h100:8."
+)
+_CLASSES = flags.DEFINE_integer(
+    "classes", None, "plan: how many, where the data set does not say.", lower_bound=1
+)
+_UNLABELED = flags.DEFINE_integer(
+    "unlabeled", None, "plan: images of the unlabelled list, likewise.", lower_bound=1
+)
+_FIT = flags.DEFINE_bool("fit", False, "plan: look for the largest batch, compiling a few times.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -128,6 +143,17 @@ def dispatch() -> None:
         config_checks.validate(config)
     except OSError as error:  # ml-collections keeps a failure to load until the value is asked for
         raise UserError(f"--config cannot be read. {error}") from error
+    if _MODE.value == "plan":
+        topology = _required(_TOPOLOGY, "hardware to compile for, such as v5e:4x4 or h100:8")
+        plan(
+            config,
+            topology,
+            classes=_CLASSES.value,
+            unlabeled=_UNLABELED.value,
+            fit=_FIT.value,
+            out=Path(_OUT.value) if _OUT.value else None,
+        )
+        return
     workdir = Path(_required(_WORKDIR, "the folder of the run"))
     distributed.join(
         _COORDINATOR.value,
@@ -219,7 +245,8 @@ def parse(argv: Sequence[str]) -> None:
 def _stored_config(argv: Sequence[str]) -> str:
     """Returns the config file that stands in for a missing --config."""
     given = dict(a.lstrip("-").partition("=")[::2] for a in argv[1:])
-    if given.get("mode", "train") == "train":
+    mode = given.get("mode", "train")
+    if mode == "train" or (mode == "plan" and not given.get("workdir")):
         raise UserError(
             "--config is missing: give a file of configs/, such as --config=configs/synthetic.py."
         )
