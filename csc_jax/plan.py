@@ -198,8 +198,9 @@ def describe(plan: Plan) -> str:
         ),
         (
             "memory of a device",
-            f"{_size(plan.memory)} of {_size(plan.capacity)}, {_size(plan.arguments)} of them for "
-            "state and batch" + ("; DOES NOT FIT" if plan.memory > plan.capacity else ""),
+            f"{_size(plan.memory)}, {_size(plan.arguments)} of them for state and batch; a program "
+            f"may take {_size(plan.capacity)}: "
+            + ("fits" if plan.memory <= plan.capacity else "DOES NOT FIT"),
         ),
     ]
     rows += [("  large array", f"{times} x {_size(n)}: {name}") for name, n, times in plan.largest]

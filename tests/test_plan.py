@@ -1,5 +1,6 @@
 """Plans: what is known without a compiler, and one real one for TPUs where libtpu is installed."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -141,6 +142,78 @@ def test_the_largest_batch_is_found_with_few_compilations(start, told, largest):
     capacity = 3.0 + 2 * largest + 1 if largest else 4.0
     assert plan.largest_that_fits(memory, start, capacity) == largest
     assert len(asked) == len(set(asked)) <= (5 if told else 10)
+
+
+PLAN = plan.Plan(
+    topology="h100:16",
+    chip="H100",
+    devices=16,
+    hosts=2,
+    versions="jax 1",
+    method="csc",
+    classes=19,
+    crop=(640, 480),
+    dtype="bfloat16",
+    labeled=64,
+    unlabeled=32,
+    trace_seconds=3.0,
+    compile_seconds=95.0,
+    memory=7 * 2**30,
+    arguments=2**29,
+    capacity=6 * 2**30,
+    largest=[("f32[2,2] body/conv", 3 * 2**20, 4)],
+    flop={"bfloat16": 3e12, "full float32": 1e12},
+    moved=1e11,
+    collectives={"all-gather": (40, 2.0**22, 2.0**21)},
+    unknown_loops=1,
+    product_seconds=0.016,
+    memory_seconds=0.032,
+    link_seconds=0.004,
+    step_seconds=0.048,
+    steps=1_800_000,
+)
+
+
+def test_the_screen_says_what_is_planned():
+    screen = plan.describe(PLAN)
+    for line in (
+        r"PLANNED, not measured: csc, 19 classes, 64 \+ 32 images of 640x480 a step, bfloat16",
+        r"memory of a device +7 GiB, 512 MiB of them .*may take 6 GiB: DOES NOT FIT",
+        r"large array +4 x 3 MiB: f32\[2,2\] body/conv",
+        r"products of a device +4 TFLOP \(3 in bfloat16, 1 in full float32\)",
+        r"all-gather +40 times, 4 MiB, 2 MiB of them IN LOOPS",
+        r"a step, at least +48 ms",
+        r"images a second, at most +2,000; each of 2 hosts reads 1,000",
+        r"the run, at least +1 days for 1,800,000 steps",
+        r"loops of unknown length +1,",
+    ):
+        assert re.search(line, screen), line
+
+
+@pytest.mark.parametrize("batch", [16, 64, 640])
+def test_the_largest_batch_keeps_the_ratio_of_the_halves(batch, monkeypatch):
+    """Room for five times 2 + 1 images a device; 40 + 20 and more do not even compile."""
+
+    def compile_for(config, hardware, known):
+        labeled, unlabeled = config.batch.labeled, config.batch.unlabeled
+        if labeled >= 40 * 8:
+            raise UserError("too many")
+        return dataclasses.replace(
+            PLAN,
+            devices=8,
+            labeled=labeled,
+            unlabeled=unlabeled,
+            memory=2**30 * (1 + labeled // 8 * 10),
+        )
+
+    monkeypatch.setattr(plan, "compile_for", compile_for)
+    config = tiny_config(batch__labeled=batch, batch__unlabeled=batch // 2, parallel__devices=0)
+    chip = dataclasses.replace(H100, memory=101.0 * 2**30)
+    found = plan._fit(config, hardware(chip), plan.DataSet(19, None))
+    assert found.fits == 5
+    # The plan is that of the config itself, or of the largest batch where that does not compile.
+    assert found.labeled == 2 * found.unlabeled == (batch if batch < 320 else 80)
+    assert "10 + 5 images a device, 80 + 40 together" in plan.describe(found)
 
 
 @pytest.mark.parametrize(
