@@ -202,7 +202,11 @@ def dispatch() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the environment names another place."""
+    """Keeps compiled programs between runs, unless the environment names another place.
+
+    JAX has XLA keep there as well, fusion by fusion, which kernels were the fastest on a GPU, so
+    that a changed program tries those anew alone that it has changed.
+    """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "csc_jax" / "xla"
