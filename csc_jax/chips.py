@@ -3,14 +3,14 @@
 Rates are the makers' peaks for dense matrices. Sources: for TPUs the pages v4, v5e, v5p and v6e of
 Google Cloud's documentation, for GPUs NVIDIA's data sheets of the H100 SXM and the A100 80GB SXM
 and, for the network, of the DGX that holds eight. Where a page counts both directions of a link,
-half is taken.
+half is taken. JAX takes part of a GPU's memory alone, which is what a program may have there.
 """
 
-import importlib.util
 import math
 import os
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +68,7 @@ TPUS = {
 GPUS = {
     "a100": Chip(
         "A100 80GB SXM",
-        _GPU_SHARE * 79.25 * _GIB,
+        _GPU_SHARE * 85.10 * _GB,
         2039 * _GB,
         312 * _TERA,
         156 * _TERA,
@@ -79,7 +79,7 @@ GPUS = {
     ),
     "h100": Chip(
         "H100 80GB SXM",
-        _GPU_SHARE * 79.1 * _GIB,
+        _GPU_SHARE * 84.94 * _GB,
         3352 * _GB,
         989.4 * _TERA,
         494.7 * _TERA,
@@ -102,11 +102,9 @@ _GPU_LIMITS = (
 _GPU_SIZES = {
     "a100": "core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 l2_cache_size: 41943040 "
     "shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 "
-    "memory_bandwidth: 2039000000000 device_memory_size: 85094039552 "
     "cuda_compute_capability { major: 8 }",
     "h100": "core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800 "
     "shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 "
-    "memory_bandwidth: 3352000000000 device_memory_size: 84932978278 "
     "cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }",
 }
 
@@ -130,7 +128,7 @@ def topology(name: str) -> Topology:
 
 
 def _slice(name: str) -> Topology:
-    if importlib.util.find_spec("libtpu") is None:
+    if find_spec("libtpu") is None:
         raise UserError(
             f"--topology={name} needs libtpu, which holds the compiler for TPUs and needs none of "
             "them: pip install -e '.[plan]'."
@@ -151,8 +149,8 @@ def _slice(name: str) -> Topology:
         found = topologies.get_topology_desc(name, "tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"--topology={name} is no slice that libtpu knows: {error} Sides of a v5e or v6e slice "
-            "are as in 2x2, 2x4, 4x4 up to 16x16, of v4 and v5p as in 2x2x1."
+            f"--topology={name} is no slice that libtpu knows: {error}. Sides of a v5e or v6e "
+            "slice are as in 2x2, 2x4, 4x4 up to 16x16, of v4 and v5p as in 2x2x1."
         ) from error
     devices: list[Any] = list(found.devices)
     sides = [max(axis) + 1 for axis in zip(*(device.coords for device in devices), strict=True)]
@@ -162,9 +160,7 @@ def _slice(name: str) -> Topology:
 
 
 def _gpus(name: str, kind: str, size: str) -> Topology:
-    plugins = importlib.util.find_spec("jax_plugins")
-    paths = list(plugins.submodule_search_locations or ()) if plugins else []
-    if not importlib.machinery.PathFinder.find_spec("xla_cuda12", paths):
+    if not (find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda12")):
         raise UserError(
             f"--topology={name} needs JAX's plugin for CUDA 12, which holds the compiler for GPUs "
             "and needs none of them: pip install -e '.[gpu]'."
@@ -176,12 +172,13 @@ def _gpus(name: str, kind: str, size: str) -> Topology:
             f"--topology={name} has {size} GPUs; give 1 to {chip.per_host}, or a multiple of "
             f"{chip.per_host} for several hosts, as in {kind}:{2 * chip.per_host}."
         )
+    memory = f"device_memory_size: {chip.memory / _GPU_SHARE:.0f}"
+    rates = f"memory_bandwidth: {chip.bandwidth:.0f}"
     target = (
-        f"gpu_device_info {{ {_GPU_LIMITS} {_GPU_SIZES[kind]} }} "
+        f"gpu_device_info {{ {_GPU_LIMITS} {_GPU_SIZES[kind]} {memory} {rates} }} "
         'platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } '
         f'device_description_str: "{chip.name}"'
     )
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # that there is no GPU, and what it lacks
     found = topologies.get_topology_desc(
         platform="cuda", topology=f"1x{hosts}x{count // hosts}", target_config=target
     )

@@ -1,11 +1,11 @@
 """Plans: what is known without a compiler, and one real one for TPUs where libtpu is installed."""
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import math
 import re
+from importlib.util import find_spec
 
 import jax
 import pytest
@@ -232,14 +232,14 @@ def test_unknown_hardware_is_answered_with_the_known(name, message):
 
 @pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "plan"), ("h100:8", "gpu")])
 def test_a_missing_compiler_is_named_with_its_extra(name, extra, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(chips, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=rf"{name} needs .*'\.\[{extra}\]'"):
         chips.topology(name)
 
 
 @pytest.fixture(scope="module")
 def v5e():
-    if importlib.util.find_spec("libtpu") is None:
+    if find_spec("libtpu") is None:
         pytest.skip("no libtpu: pip install -e '.[plan]'")
     return chips.topology("v5e:2x2")
 
@@ -296,9 +296,7 @@ def test_a_step_that_wants_too_much_memory_is_one_paragraph(v5e, monkeypatch):
         plan._fit(config, v5e, plan.DataSet(7, None))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None, reason="no plugin: pip install -e '.[gpu]'"
-)
+@pytest.mark.skipif(find_spec("jax_plugins") is None, reason="no plugin: pip install -e '.[gpu]'")
 def test_gpus_come_in_hosts_of_eight():
     found = chips.topology("h100:16")
     assert (len(found.devices), found.hosts, found.hops) == (16, 2, 2)
