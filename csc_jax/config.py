@@ -57,7 +57,7 @@ def default_config() -> ConfigDict:
     c.batch = ConfigDict()
     c.batch.labeled = 4  # images a step, all devices together
     c.batch.unlabeled = 4  # images a step, all devices together
-    c.batch.eval = 8  # images a step in evaluation, all devices together
+    c.batch.eval = 8  # images a step in evaluation, all devices together; rounded up to divide
 
     c.model = ConfigDict()
     c.model.backbone = "resnet18"  # resnet18 | resnet34 | resnet50 | resnet101 | efficientnet_lite0

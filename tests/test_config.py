@@ -114,6 +114,9 @@ def test_lengths_are_resolved_into_steps():
             [SYNTHETIC, "--workdir=x", "--save_predictions=y"],
             "--save_predictions goes with --mode=evaluate, not with --mode=train",
         ),
+        (["--mode=plan", SYNTHETIC], "--topology is missing"),
+        (["--mode=plan", SYNTHETIC, "--topology=v9:2x2"], "--topology=v9:2x2 is none"),
+        (["--mode=plan", "--topology=v5e:2x2"], "--config is missing"),
     ],
 )
 def test_bad_command_lines_are_explained(arguments, message, capsys):
@@ -143,6 +146,11 @@ def test_bad_values_are_explained(arguments, message):
     assert done.returncode == 2
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_xla_keeps_beside_the_programs_which_kernels_it_found_fastest():
+    kept = jax.config.values["jax_persistent_cache_enable_xla_caches"]
+    assert "xla_gpu_per_fusion_autotune_cache_dir" in kept
 
 
 def test_the_command_trains_evaluates_and_predicts(tmp_path):

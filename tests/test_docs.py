@@ -4,6 +4,7 @@ import ast
 import csv
 import itertools
 import re
+import runpy
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from tiny import Harness, tiny_config
 
 from csc_jax import config as config_lib
-from csc_jax import methods
+from csc_jax import experiment, methods
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "use_in_your_code.md").read_text()
@@ -107,3 +108,14 @@ def test_a_method_is_one_file_one_line_and_one_test(tmp_path, monkeypatch):
     step = on_top.step.func.eval_shape
     state, _ = step(*on_top.step.args, jax.eval_shape(on_top.init), on_top.batch(0))
     assert state.bank is not None
+
+
+def test_batches_of_the_commands_for_several_gpus_divide_by_them():
+    page = (DOCS / "scaling.md").read_text()
+    commands = re.findall(r"(?:--config\.batch\.\w+=\d+ ?)+", page)
+    assert len(commands) >= 2  # one host with 8 GPUs, and two
+    for command in commands:
+        config = runpy.run_path(str(DOCS.parent / "configs" / "cityscapes.py"))["get_config"]()
+        for field, value in re.findall(r"--config\.([\w.]+)=(\d+)", command):
+            config.update_from_flattened_dict({field: int(value)})
+        experiment.build(config_lib.resolve(config, 1), ("road",) * 19, np.zeros((19, 3), np.uint8))

@@ -121,7 +121,7 @@ class DeepLabV3Plus(nn.Module):
         """
         params = self.variables["params"]
         kernels = [params[name]["conv1"]["conv"]["kernel"] for name in ("classifier", "projection")]
-        kernel = jnp.concatenate(kernels, axis=-1).astype(self.dtype)
+        kernel = jnp.concatenate(kernels, axis=-1)
         classifier, project = jnp.split(convolve(fused.astype(self.dtype), kernel), 2, axis=-1)
         return classifier, project
 
