@@ -12,8 +12,8 @@ import cv2
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 from absl.testing import flagsaver
+from PIL import Image
 from tiny import tiny_config
 
 from csc_jax import config as config_lib
