@@ -368,7 +368,8 @@ def _largest(program: Program) -> list[tuple[str, int, int]]:
 
 def _short(source: str) -> str:
     """Returns the path of modules in the name that JAX has given to an instruction."""
-    path = "/".join(part for part in source.split("/") if "(" not in part)
+    parts = [part for part in source.split("/") if "(" not in part]
+    path = "/".join(part for part in parts if not re.fullmatch(r"cond|branch_\d+_fun", part))
     return f"gradient of {path}" if "transpose(" in source else path
 
 
