@@ -49,7 +49,6 @@ class Topology(NamedTuple):
     chip: Chip
     compiler: str  # the package that holds it
     devices: list[Any]  # jax.Device, without memory
-    hosts: int
     hops: int  # from a device to the one farthest away
 
 
@@ -155,8 +154,7 @@ def _slice(name: str) -> Topology:
     devices: list[Any] = list(found.devices)
     sides = [max(axis) + 1 for axis in zip(*(device.coords for device in devices), strict=True)]
     hops = sum(side // 2 for side in sides)
-    hosts = len({device.process_index for device in devices})
-    return Topology(name, TPUS[name.partition(":")[0]], "libtpu", devices, hosts, hops)
+    return Topology(name, TPUS[name.partition(":")[0]], "libtpu", devices, hops)
 
 
 def _gpus(name: str, kind: str, size: str) -> Topology:
@@ -183,4 +181,4 @@ def _gpus(name: str, kind: str, size: str) -> Topology:
         platform="cuda", topology=f"1x{hosts}x{count // hosts}", target_config=target
     )
     hops = 1 if hosts == 1 else 2
-    return Topology(name, chip, "jax-cuda12-plugin", list(found.devices), hosts, hops)
+    return Topology(name, chip, "jax-cuda12-plugin", list(found.devices), hops)

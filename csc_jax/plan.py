@@ -111,9 +111,11 @@ def plan(
       out: JSON file to write the plan to.
 
     Raises:
-      UserError: the hardware or its compiler is not known, a field does not fit it, or the step
-        does not compile.
+      UserError: the hardware or its compiler is not known, a field does not fit it, the step does
+        not compile, or `out` cannot be written.
     """
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out={out} is no file that could be written; its folder must be there.")
     hardware = topology(topology_name)
     known = _data_set(config, classes, unlabeled)
     compiled = (_fit if fit else compile_for)(config, hardware, known)
@@ -166,7 +168,7 @@ def compile_for(config: ConfigDict, hardware: Topology, known: DataSet) -> Plan:
         topology=hardware.name,
         chip=hardware.chip.name,
         devices=built.mesh.size,
-        hosts=hardware.hosts,
+        hosts=len({device.process_index for device in built.mesh.devices.flat}),
         versions=f"jax {jax.__version__}, {hardware.compiler} {version(hardware.compiler)}",
         method=method.name + (f" + {method.contrast}" if method.contrast != "none" else ""),
         classes=known.classes,
@@ -368,7 +370,8 @@ def _largest(program: Program) -> list[tuple[str, int, int]]:
 
 def _short(source: str) -> str:
     """Returns the path of modules in the name that JAX has given to an instruction."""
-    path = "/".join(part for part in source.split("/") if "(" not in part)
+    parts = [part for part in source.split("/") if "(" not in part]
+    path = "/".join(part for part in parts if not re.fullmatch(r"cond|branch_\d+_fun", part))
     return f"gradient of {path}" if "transpose(" in source else path
 
 

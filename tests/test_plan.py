@@ -19,8 +19,8 @@ from csc_jax.hlo import Collective, Product, Program
 H100 = chips.GPUS["h100"]
 
 
-def hardware(chip=H100, devices=8, hosts=1, hops=1):
-    return chips.Topology("test", chip, "jax", [None] * devices, hosts, hops)
+def hardware(chip=H100, devices=8, hops=1):
+    return chips.Topology("test", chip, "jax", [None] * devices, hops)
 
 
 def exchange(kind, size, devices=0, asynchronous=False):
@@ -41,10 +41,10 @@ def test_an_exchange_takes_as_long_as_its_bytes_on_the_links(kind, seconds):
 
 
 def test_small_exchanges_take_their_hops_and_large_ones_the_network():
-    tpus = hardware(chips.TPUS["v5e"], devices=64, hosts=16, hops=8)
+    tpus = hardware(chips.TPUS["v5e"], devices=64, hops=8)
     assert plan._exchange(exchange("all-reduce", 64), tpus) == pytest.approx(2 * 8e-6)
     # Four hosts of eight: 50 GB/s a device between hosts, after a sum within each.
-    gpus = hardware(devices=32, hosts=4, hops=2)
+    gpus = hardware(devices=32, hops=2)
     found = plan._exchange(exchange("all-reduce", 10**9), gpus)
     assert found == pytest.approx(2 * 31 / 32 * 1e9 / 8 / 50e9)
     assert plan._exchange(exchange("all-gather", 10**9, devices=8), gpus) < found
@@ -230,6 +230,12 @@ def test_unknown_hardware_is_answered_with_the_known(name, message):
         chips.topology(name)
 
 
+def test_a_file_that_cannot_be_written_is_named_before_anything_compiles(tmp_path):
+    for out in (tmp_path, tmp_path / "none" / "plan.json"):
+        with pytest.raises(UserError, match=f"--out={out} "):
+            plan.plan(tiny_config(), "v5e:2x2", out=out)
+
+
 @pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "plan"), ("h100:8", "gpu")])
 def test_a_missing_compiler_is_named_with_its_extra(name, extra, monkeypatch):
     monkeypatch.setattr(chips, "find_spec", lambda _: None)
@@ -250,7 +256,7 @@ def toy_config(monkeypatch, **overrides):
 
 
 def test_slices_that_cannot_be_are_refused(v5e):
-    assert (len(v5e.devices), v5e.hosts, v5e.hops) == (4, 1, 2)
+    assert (len(v5e.devices), v5e.hops) == (4, 2)
     with pytest.raises(UserError, match=r"v5e:3x3 is no slice that libtpu knows"):
         chips.topology("v5e:3x3")
 
@@ -261,7 +267,7 @@ def test_a_small_run_is_planned_for_four_tpus(v5e, monkeypatch, tmp_path, caplog
     plan.plan(config, "v5e:2x2", out=tmp_path / "plan.json")
     found = json.loads((tmp_path / "plan.json").read_text())
     assert "PLANNED, not measured: csc, 7 classes, 4 + 4 images of 32x32" in caplog.text
-    assert found["devices"] == 4
+    assert (found["devices"], found["hosts"]) == (4, 1)
     assert found["steps"] == 3 * (12 // 4)  # 16 images, a quarter labelled
     built = experiment.build(config, tuple("abcdefg"), None, v5e.devices)
     state = jax.tree.leaves(built.abstract_state())
@@ -299,7 +305,8 @@ def test_a_step_that_wants_too_much_memory_is_one_paragraph(v5e, monkeypatch):
 @pytest.mark.skipif(find_spec("jax_plugins") is None, reason="no plugin: pip install -e '.[gpu]'")
 def test_gpus_come_in_hosts_of_eight():
     found = chips.topology("h100:16")
-    assert (len(found.devices), found.hosts, found.hops) == (16, 2, 2)
+    assert (len(found.devices), found.hops) == (16, 2)
+    assert {device.process_index for device in found.devices} == {0, 1}
     assert {device.compute_capability for device in found.devices} == {"9.0"}
     assert len(chips.topology("a100:3").devices) == 3
     with pytest.raises(UserError, match=r"h100:12 has 12 GPUs; give 1 to 8, or a multiple of 8"):
