@@ -2,10 +2,10 @@
 
 from itertools import permutations
 
+import color_jitter_record
 import jax
 import jax.numpy as jnp
 import numpy as np
-import color_jitter_record
 import pytest
 import scipy.ndimage
 import scipy.stats
