@@ -102,7 +102,8 @@ def color_jitter(image: Array, order: Array, factors: Array, hue: Array) -> Arra
 
 
 def _planes(image: Array) -> _Planes:
-    # Apart, since XLA would compute an image (H, W, 3) once more for each channel that is read.
+    # They stay apart until the last change: XLA would compute an image of three channels once more
+    # for each channel that is read.
     return image[..., 0], image[..., 1], image[..., 2]
 
 
@@ -127,9 +128,10 @@ def _turn(planes: _Planes, hue: Array) -> _Planes:
     value = jnp.maximum(jnp.maximum(red, green), blue)
     spread = value - jnp.minimum(jnp.minimum(red, green), blue)
     divisor = jnp.where(spread > 0, 6 * spread, 1.0)
-    # Which channel is the largest is asked by an order, never by equality with the largest value: a
-    # compiler may compute a channel twice, rounded differently, and up to a tenth of the pixels got
-    # another hue. An order can turn round only between equals, where both branches agree.
+    # The largest channel is found by comparing channels, not as the one that equals `value`: where
+    # a compiler computed a channel twice, rounded differently, up to a tenth of the pixels got
+    # another hue. A comparison can only change between channels that are as good as equal, and then
+    # both branches agree.
     old = jnp.where(
         (red >= green) & (red >= blue),
         (green - blue) / divisor,
@@ -207,8 +209,8 @@ def unimatch_mask(key: Array, batch: int, size: tuple[int, int], config: ConfigD
     use_key, area_key, ratio_key, x_key, y_key = jax.random.split(key, 5)
     low, high = config.cutmix_area
     area = jax.random.uniform(area_key, (batch, 1), minval=low, maxval=high) * (height * width)
-    # The first of many tries that fits, in place of a loop, whose end a GPU would wait for. At the
-    # default ranges none fits in less than one of 10^7 images of 3:4; such an image has no box.
+    # The first of many tries that fits, where theirs has a loop: a GPU would wait for its end. None
+    # fits in about one image of 10^7 at 3:4 and of 40,000 at 1:2; such an image has no box.
     tries = (batch, _TRIES)
     low, high = config.cutmix_ratio
     ratio = jax.random.uniform(ratio_key, tries, minval=low, maxval=high)

@@ -9,9 +9,10 @@ As in their code, labelled images and weak views make one batch in training mode
 labels and has no dropout, and strong views one of their own.
 
 What differs: an image's CutMix partner is the next one of the batch, with the labels that it has
-there (theirs: an image of another batch, labelled in evaluation mode); strong views go through the
-dropout of every row, where their network has none. An EMA of the student is kept for evaluation, as
-in every row.
+there (theirs: another crop of the same image, labelled in evaluation mode); colours are not rounded
+to whole grey levels, and the blur is a Gaussian (theirs: Pillow's, three box blurs); strong views
+go through the dropout of every row, where their network has none. An EMA of the student is kept for
+evaluation, as in every row.
 """
 
 from typing import Any

@@ -10,7 +10,8 @@ L = (L_s + (L_1 + L_2) / 2) / 2. The strong views are those of their code
 What differs: they have a DINOv2 transformer and drop channels of four of its layers; here those of
 `low` and `deep` of the backbone. Labelled and strong images make one batch, as their network has no
 BatchNorm that could tell; an image's CutMix partner is the next one of the batch (theirs: the batch
-in reverse order).
+in reverse order); colours are not rounded to whole grey levels, and the blur is a Gaussian (theirs:
+Pillow's, three box blurs).
 """
 
 from typing import Any
