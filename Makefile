@@ -12,10 +12,12 @@ RUN = $(VENV)/bin/python -m
 READY = $(VENV)/.ready
 UNFINISHED = $(VENV)/.unfinished
 PARITY = $(VENV)-parity
+DOCS = $(VENV)-docs
 PINS = requirements.txt
 AUDIT = $(VENV)/audit
+comma = ,
 
-.PHONY: help demo test parity lint format audit clean
+.PHONY: help demo test parity lint docs format audit clean
 .DEFAULT_GOAL := help
 
 help:  ## Print this list
@@ -40,6 +42,10 @@ lint: $(READY)  ## Check format, style and types
 	$(RUN) ruff check
 	$(RUN) mypy
 
+docs:  ## Build the documentation site into site/; a warning is an error
+	@$(MAKE) --no-print-directory $(DOCS)/.ready VENV=$(DOCS) PINS=requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build $(ARGS)
+
 format: $(READY)  ## Format the code and repair what can be repaired
 	$(RUN) ruff format
 	$(RUN) ruff check --fix
@@ -57,7 +63,7 @@ audit: $(READY)  ## Look the pinned packages up in the database of known vulnera
 			echo "The audit failed: the database cannot be asked from here." >&2; fi; exit 1; }
 
 clean:  ## Remove the environments and all caches; keeps runs/
-	rm -rf $(VENV) $(PARITY) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PARITY) $(DOCS) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find csc_jax configs scripts tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # An environment whose installation was cut off is made anew: pip takes a package that it had
@@ -73,7 +79,7 @@ $(READY): $(PINS) pyproject.toml
 		"$(PYTHON)" -m venv --clear $(VENV); \
 	fi
 	@rm -f $(READY) && touch $(UNFINISHED)
-	@echo "Installing the packages of $(PINS) into $(VENV), once: some minutes, 1.4 GB."
+	@echo "Installing the packages of $(PINS) into $(VENV), once: some minutes$(if $(filter requirements.txt,$(PINS)),$(comma) 1.4 GB)."
 	@# One file after the other: a later pin of the same package replaces an earlier one.
 	for pins in $(PINS); do $(RUN) pip install --disable-pip-version-check -r $$pins || exit 1; done
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --editable .

@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     c.data.std = (128.0, 128.0, 128.0)
     c.method.pseudo_label.mode = "adaptive"  # decisions.md 13
     c.method.unsupervised_mean = "kept"  # as the paper's recipes (decisions.md 13a)
-    c.optimizer.head_multiplier = 4.0  # the heads start from nothing (docs/results.md)
+    c.optimizer.head_multiplier = 4.0  # the heads start from nothing (docs/log.md)
     c.train.steps = 1500
     return c

@@ -4,7 +4,7 @@ Command:    python -m csc_jax.main --config=configs/cityscapes.py --config.data.
             DIR holds leftImg8bit/ and gtFine/.
 Hardware:   one GPU or several; a step needs 7.3 GiB of its memory, as planned for an H100. Not
             trained yet by this project.
-Run time:   68 ms a step on one H100, images on the device (README)
+Run time:   68 ms a step on one H100, images on the device (docs/performance.md)
 Expected:   the paper has a teacher mIoU of 75.64 at 1/8, 372 labelled images (Table VIII), from a
             ResNet-101 pretrained on ImageNet. Without pretrained weights it will be well below.
 """

@@ -7,19 +7,28 @@ import re
 import runpy
 from pathlib import Path
 
+import draw_method
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Harness, tiny_config
+from contrast_cases import random_bank
+from tiny import CLASSES, Harness, tiny_config
+from toy_network import toy_method
 
 from csc_jax import config as config_lib
-from csc_jax import experiment, methods
+from csc_jax import contrast, experiment, methods
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "use_in_your_code.md").read_text()
-EXAMPLES = dict(
-    zip(("linen", "nnx"), re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL), strict=True)
-)
+*WHOLE, HALVES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+EXAMPLES = dict(zip(("linen", "nnx"), WHOLE, strict=True))
+
+
+def test_the_figure_of_the_method_is_what_its_script_draws(tmp_path):
+    draw_method.main([f"--out={tmp_path / 'method.svg'}"])
+    drawn = (tmp_path / "method.svg").read_bytes()
+    assert drawn == (DOCS / "images" / "method.svg").read_bytes()
 
 
 def test_every_cited_decision_is_there():
@@ -85,6 +94,27 @@ def test_example_is_short_and_takes_the_contrast_module_alone(name):
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     ours = {(n.module, a.name) for n in imports for a in n.names if "csc_jax" in str(n.module)}
     assert ours == {("csc_jax", "contrast")}
+
+
+def test_the_loss_of_the_halves_is_that_of_the_method():
+    variables = {"contrast": contrast}
+    exec(compile(HALVES, "use_in_your_code.md (halves)", "exec"), variables)
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(3, CLASSES, 2, 6)), jnp.float32)
+    valid = jnp.asarray(rng.random((3, CLASSES, 2)) < 0.7)
+    bank = random_bank(1, [4, 2, 5, 3], 5, 6)
+    ids = jnp.broadcast_to(jnp.arange(CLASSES)[:, None], valid.shape)
+    loss = variables["sum_of_halves"](
+        contrast.normalize(features).reshape(3, -1, 6),
+        ids.reshape(3, -1),
+        valid.reshape(3, -1),
+        1,
+        bank,
+    )
+    method, state = toy_method(method__name="csc")
+    queries = contrast.Samples(features, ids, valid)
+    expected = method._contrastive_loss(state.replace(bank=bank), queries, 1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 def test_a_method_is_one_file_one_line_and_one_test(tmp_path, monkeypatch):

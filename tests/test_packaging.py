@@ -29,8 +29,10 @@ def requirements(lines: Iterable[str]) -> list[Requirement]:
 
 PINS = requirements((ROOT / "requirements.txt").read_text().splitlines())
 PARITY_PINS = requirements((ROOT / "requirements-parity.txt").read_text().splitlines())
+DOCS_PINS = requirements((ROOT / "requirements-docs.txt").read_text().splitlines())
 RANGES = [(wanted, PINS) for wanted in requirements(PROJECT["dependencies"] + EXTRAS["dev"])]
 RANGES += [(wanted, PARITY_PINS) for wanted in requirements(EXTRAS["parity"])]
+RANGES += [(wanted, DOCS_PINS) for wanted in requirements(EXTRAS["docs"])]
 
 
 def pinned_version(pin: Requirement) -> str:

@@ -17,8 +17,8 @@ from csc_jax.errors import UserError
 class Partition(NamedTuple):
     """Ids of the train split, labelled and unlabelled."""
 
-    labeled: tuple[str, ...]
-    unlabeled: tuple[str, ...]
+    labeled: tuple[str, ...]  # images whose labels are trained on
+    unlabeled: tuple[str, ...]  # images whose labels, if they have any, are not used
 
 
 def partition(config: ConfigDict, dataset: Dataset, seed: int) -> Partition:

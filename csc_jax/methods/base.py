@@ -53,10 +53,10 @@ class LossOutputs(struct.PyTreeNode):
 class Task:
     """What every method is built from; static, no arrays."""
 
-    config: ConfigDict
+    config: ConfigDict  # of the run, every length in steps
     model: nn.Module  # DeepLabV3Plus
-    num_classes: int
-    total_steps: int
+    num_classes: int  # C
+    total_steps: int  # optimizer steps of the whole run
 
     def init_network(self, key: Array, *, projection: bool) -> Network:
         """Returns a freshly initialised network; `projection` says whether it has that head."""
