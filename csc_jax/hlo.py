@@ -266,7 +266,8 @@ def _array(dtype: str, dims: str, layout: str) -> Array:
     bits = re.search(r"\d+", dtype)
     size = int(bits[0]) / 8 if bits else float(dtype == "pred")  # a token has none
     order, _, memory = layout.partition(":")
-    padded = [sides[int(axis)] for axis in order.split(",") if axis] or [1]  # the minor one first
+    axes = [int(axis) for axis in order.split(",") if axis] or range(len(sides))
+    padded = [sides[axis] for axis in axes]  # the minor one first
     if tile := re.search(r"T\(([\d,]+)\)", memory):
         for i, side in enumerate(reversed(tile[1].split(","))):
             if i < len(padded):

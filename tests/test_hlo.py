@@ -138,6 +138,7 @@ ENTRY %main (a: f32[2,20,20,64], k: f32[32,3,3,64], g: f32[2,10,10,32], s: f32[1
   %sum = (f32[64]{0:T(128)S(1)}, f32[64]{0:T(128)S(1)}) all-reduce(%v, %v), replica_groups=mesh['data'=4,'fsdp'=2] {'data','fsdp'}, to_apply=%add
   %v = f32[64]{0:T(128)S(1)} fusion(%i), kind=kLoop, calls=%none
   %tiled = bf16[2,161,64]{2,1,0:T(8,128)(2,1)} fusion(%v), kind=kLoop, calls=%none
+  %bare = f32[3,5] negate(%i)
   %one = f32[1,64,8]{2,1,0} fusion(%s, %i), kind=kLoop, calls=%fused_slice
   ROOT %out = f32[2,20,20,64]{3,2,1,0} get-tuple-element(%cudnn-conv.2), index=0
 }
@@ -171,6 +172,7 @@ def test_memory_traffic_knows_tiles_slices_and_memory_on_the_chip():
     assert moved["tiled"] == 2 * 168 * 128 * 2  # tiles of 8 x 128, factor on the chip
     assert moved["one"] == 2 * 64 * 8 * 4 + 4  # one slice of ten read, one written, the index
     assert moved["v"] == 4
+    assert moved["bare"] == 3 * 5 * 4 + 4
     assert moved["out"] == moved["a"] == 0
     assert moved["cudnn-conv.1"] == 4 * (2 * 400 * 64 + 9 * 64 * 32 + 2 * 100 * 32)
 
