@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo import collectives
 
 from csc_jax import losses, sharding
+from csc_jax.hlo import Program
 from csc_jax.order_statistics import kth_smallest, percentile
 
 RNG = np.random.default_rng(0)
@@ -74,6 +74,6 @@ def test_devices_exchange_counts_alone():
     split = sharding.batch_sharding(mesh)
     program = jax.jit(kth_smallest, in_shardings=(split, None)).lower(x, 777).compile()
     assert program(jax.device_put(x, split), jnp.int32(777)) == np.sort(x, axis=None)[777]
-    found = collectives(program.as_text())
-    assert {(each.kind, each.size, each.in_loop) for each in found} == {("all-reduce", 60, False)}
+    found = Program(program.as_text()).collectives()
+    assert {(each.kind, each.bytes, each.in_loop) for each in found} == {("all-reduce", 60, False)}
     assert len(found) == 8
