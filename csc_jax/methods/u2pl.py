@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from csc_jax import augment, losses
+from csc_jax import augment, losses, order_statistics
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.models import Outputs, resize_aligned
@@ -228,7 +228,7 @@ def reliable_labels(logits: Array, labels: Array, percentile: Array) -> Array:
       percentile: () in [0, 100], of the entropy over labelled pixels.
     """
     entropy, known = entropy_of(logits), labels != losses.IGNORE
-    limit = jnp.nanpercentile(jnp.where(known, entropy, jnp.nan), percentile)
+    limit = order_statistics.percentile(entropy, known, percentile)
     return jnp.where(known & (entropy < limit), labels, losses.IGNORE)
 
 
@@ -241,8 +241,7 @@ def by_entropy(logits: Array, labels: Array, alpha: Array) -> tuple[Array, Array
       alpha: () in [0, 100].
     """
     entropy, known = entropy_of(logits), labels != losses.IGNORE
-    counted = jnp.where(known, entropy, jnp.nan)
-    low, high = (jnp.nanpercentile(counted, p) for p in (alpha, 100.0 - alpha))
+    low, high = (order_statistics.percentile(entropy, known, p) for p in (alpha, 100.0 - alpha))
     return known & (entropy <= low), known & (entropy >= high)
 
 
