@@ -11,9 +11,13 @@ ARGS ?=
 RUN = $(VENV)/bin/python -m
 READY = $(VENV)/.ready
 UNFINISHED = $(VENV)/.unfinished
+PARITY = $(VENV)-parity
+DOCS = $(VENV)-docs
+PINS = requirements.txt
 AUDIT = $(VENV)/audit
+comma = ,
 
-.PHONY: help demo test lint format audit clean
+.PHONY: help demo test parity lint docs format audit clean
 .DEFAULT_GOAL := help
 
 help:  ## Print this list
@@ -28,10 +32,19 @@ demo: $(READY)  ## Train supervised and CSC on drawn street scenes and compare t
 test: $(READY)  ## Run the tests
 	$(RUN) pytest -n 2 $(ARGS)
 
+parity:  ## Run the tests that compare with PyTorch, timm and the Cityscapes evaluator
+	@$(MAKE) --no-print-directory $(PARITY)/.ready VENV=$(PARITY) \
+		PINS="requirements.txt requirements-parity.txt"
+	$(PARITY)/bin/python -m pytest -n 2 -m parity --no-skips $(ARGS)
+
 lint: $(READY)  ## Check format, style and types
 	$(RUN) ruff format --check
 	$(RUN) ruff check
 	$(RUN) mypy
+
+docs:  ## Build the documentation site into site/; a warning is an error
+	@$(MAKE) --no-print-directory $(DOCS)/.ready VENV=$(DOCS) PINS=requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build $(ARGS)
 
 format: $(READY)  ## Format the code and repair what can be repaired
 	$(RUN) ruff format
@@ -49,24 +62,25 @@ audit: $(READY)  ## Look the pinned packages up in the database of known vulnera
 		if [ -s $(AUDIT)/report ]; then cat $(AUDIT)/report; else \
 			echo "The audit failed: the database cannot be asked from here." >&2; fi; exit 1; }
 
-clean:  ## Remove the environment and all caches; keeps runs/
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean:  ## Remove the environments and all caches; keeps runs/
+	rm -rf $(VENV) $(PARITY) $(DOCS) build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find csc_jax configs scripts tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # An environment whose installation was cut off is made anew: pip takes a package that it had
 # half unpacked for a whole one.
-$(READY): requirements.txt pyproject.toml
+$(READY): $(PINS) pyproject.toml
 	@if [ -e $(UNFINISHED) ] || ! $(RUN) pip --version >/dev/null 2>&1; then \
 		if ! "$(PYTHON)" -c '$(CAN_MAKE_VENV)' 2>/dev/null; then \
 			echo "No Python 3.11 or newer with its venv and ssl modules (found: $(or $(PYTHON),none))." \
-				"Install one or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+				"Install one, or name it: PYTHON=/path/to/python3" >&2; \
 			exit 1; \
 		fi; \
 		echo "Making $(VENV) with $$("$(PYTHON)" --version)"; \
 		"$(PYTHON)" -m venv --clear $(VENV); \
 	fi
 	@rm -f $(READY) && touch $(UNFINISHED)
-	@echo "Installing the packages of requirements.txt into $(VENV), once: some minutes, 1.4 GB."
-	$(RUN) pip install --disable-pip-version-check -r requirements.txt
+	@echo "Installing the packages of $(PINS) into $(VENV), once: some minutes$(if $(filter requirements.txt,$(PINS)),$(comma) 1.4 GB)."
+	@# One file after the other: a later pin of the same package replaces an earlier one.
+	for pins in $(PINS); do $(RUN) pip install --disable-pip-version-check -r $$pins || exit 1; done
 	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@mv $(UNFINISHED) $(READY)

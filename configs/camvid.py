@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     c.model.projection_dim = 64
 
     c.method.pseudo_label.threshold = 0.7
+    c.method.unsupervised_mean = "all"  # starts from random weights (decisions.md 13a)
     c.method.supervised_only = 150
     c.contrast.weight = 0.1
     c.contrast.bank_size = 256

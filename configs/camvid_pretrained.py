@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     c.data.mean = (127.0, 127.0, 127.0)  # what these weights were trained with
     c.data.std = (128.0, 128.0, 128.0)
     c.method.pseudo_label.mode = "adaptive"  # decisions.md 13
-    c.optimizer.head_multiplier = 4.0  # the heads start from nothing (docs/results.md)
+    c.method.unsupervised_mean = "kept"  # as the paper's recipes (decisions.md 13a)
+    c.optimizer.head_multiplier = 4.0  # the heads start from nothing (docs/log.md)
     c.train.steps = 1500
     return c

@@ -2,9 +2,9 @@
 
 Command:    python -m csc_jax.main --config=configs/cityscapes.py --config.data.root=DIR --workdir=W
             DIR holds leftImg8bit/ and gtFine/.
-Hardware:   one GPU or several; in bfloat16 a step needs 7.3 GiB of its memory, as planned for an
-            H100. Not trained yet by this project.
-Run time:   68 ms a step on one H100 with model.dtype=bfloat16, images on the device (README)
+Hardware:   one GPU or several; a step needs 7.3 GiB of its memory, as planned for an H100. Not
+            trained yet by this project.
+Run time:   68 ms a step on one H100, images on the device (docs/performance.md)
 Expected:   the paper has a teacher mIoU of 75.64 at 1/8, 372 labelled images (Table VIII), from a
             ResNet-101 pretrained on ImageNet. Without pretrained weights it will be well below.
 """
@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     c.batch.eval = 1  # 1024 x 2048 px each
 
     c.model.backbone = "resnet101"
+    c.model.dtype = "bfloat16"  # the paper does not say; docs/scaling.md has what stays float32
 
     c.method.name = "csc"
     c.method.lambda_u = 1.0  # paper (decisions.md 17)

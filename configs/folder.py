@@ -1,4 +1,4 @@
-"""Images and labels of your own (docs/data.md) on one GPU.
+"""Images and labels of your own (docs/own_images.md) on one GPU.
 
 Command:    python -m csc_jax.main --config=configs/folder.py --config.data.root=DIR --workdir=W
             DIR holds images/, labels/ and classes.txt.

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     c.batch.eval = 1  # every image has a size of its own
 
     c.model.backbone = "resnet101"
+    c.model.dtype = "bfloat16"  # the paper does not say; docs/scaling.md has what stays float32
 
     c.method.name = "csc"
     c.method.supervised_only_epochs = 1.0  # decisions.md 19

@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
     c.method.grayscale = 0.2
     c.method.blur = 0.5
     c.method.pseudo_label.threshold = 0.95
+    c.method.unsupervised_mean = "all"  # starts from random weights (decisions.md 13a)
     c.contrast.weight = 0.1
     c.contrast.bank_size = 256
     c.contrast.pixels_per_class = 4

@@ -5,7 +5,6 @@ The weak view A_w (resize, crop, flip) is made on the host, in `csc_jax/data`.
 
 from collections.abc import Callable
 
-import dm_pix as pix
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -18,8 +17,22 @@ def normalize_images(images: Array, mean: tuple[float, ...], std: tuple[float, .
     return (pixels - jnp.asarray(mean)[None, None, None]) / jnp.asarray(std)[None, None, None]
 
 
+# Of the strong view in UniMatch's code.
+_FACTORS = (0.5, 1.5)  # of brightness, contrast and saturation
+_HUE = (-0.25, 0.25)  # turns of the colour wheel
+_SIGMA = (0.1, 2.0)  # px, standard deviation of the blur
+
+_REACH = 8  # px that an image is extended by for the blur: 4 of the largest deviation
+_TRIES = 256  # to draw a CutMix box that fits into the image
+
+_Planes = tuple[Array, Array, Array]  # red, green and blue, (H, W) each
+
+
 def photometric(key: Array, images: Array, config: ConfigDict) -> Array:
     """Colour jitter, grey-scale and blur, each with its own probability (decisions.md 23).
+
+    Order and strengths are those of UniMatch's code, which works on whole grey levels: it rounds
+    after every change. Here values stay float32.
 
     Args:
       key: random key.
@@ -31,9 +44,9 @@ def photometric(key: Array, images: Array, config: ConfigDict) -> Array:
     """
     images = images.astype(jnp.float32)
     operations = [
-        (config.color_jitter, _color_jitter),
-        (config.grayscale, lambda _, image: pix.rgb_to_grayscale(image, keep_dims=True)),
-        (config.blur, _blur),
+        (config.color_jitter, _random_jitter),
+        (config.grayscale, lambda _, image: jnp.stack([_grey(_planes(image))] * 3, axis=-1)),
+        (config.blur, _random_blur),
     ]
     for i, (probability, operation) in enumerate(operations):
         if probability > 0:
@@ -47,28 +60,111 @@ def _sometimes(
     draw_key, operation_key = jax.random.split(key)
     chosen = jax.random.bernoulli(draw_key, probability, (images.shape[0],))
     keys = jax.random.split(operation_key, images.shape[0])
-    changed = jax.vmap(operation)(keys, images / 255.0) * 255.0  # dm-pix works on [0, 1]
+    changed = jax.vmap(operation)(keys, images / 255.0) * 255.0
     return jnp.where(chosen[:, None, None, None], jnp.clip(changed, 0.0, 255.0), images)
 
 
-def _color_jitter(key: Array, image: Array) -> Array:
-    # Strengths of the strong view in UniMatch and of SimCLR's half-strength setting.
-    brightness, contrast, saturation, hue = jax.random.split(key, 4)
-    image = pix.random_brightness(brightness, image, 0.5)
-    image = pix.random_contrast(contrast, image, 0.5, 1.5)
-    image = pix.random_saturation(saturation, _stored(jnp.clip(image, 0.0, 1.0)), 0.5, 1.5)
-    return pix.random_hue(hue, _stored(jnp.clip(image, 0.0, 1.0)), 0.25)
+def _random_jitter(key: Array, image: Array) -> Array:
+    order_key, factor_key, hue_key = jax.random.split(key, 3)
+    return color_jitter(
+        image,
+        jax.random.permutation(order_key, 4),
+        jax.random.uniform(factor_key, (3,), minval=_FACTORS[0], maxval=_FACTORS[1]),
+        jax.random.uniform(hue_key, minval=_HUE[0], maxval=_HUE[1]),
+    )
 
 
-def _stored(image: Array) -> Array:
-    # dm-pix finds a pixel's largest channel by comparing floats. A compiler that computes them once
-    # more for the comparison, rounded otherwise, gives up to a tenth of the pixels another hue.
-    return jax.lax.optimization_barrier(image)
+def _random_blur(key: Array, image: Array) -> Array:
+    return blur(image, jax.random.uniform(key, minval=_SIGMA[0], maxval=_SIGMA[1]))
 
 
-def _blur(key: Array, image: Array) -> Array:
-    sigma = jax.random.uniform(key, (), minval=0.1, maxval=2.0)  # px, as in UniMatch
-    return pix.gaussian_blur(image, sigma, kernel_size=9)
+def color_jitter(image: Array, order: Array, factors: Array, hue: Array) -> Array:
+    """Changes brightness, contrast, saturation and hue of one image: torchvision's ColorJitter.
+
+    Args:
+      image: (H, W, 3) float32 on [0, 1].
+      order: (4,) int, the changes in their order: 0 brightness, 1 contrast, 2 saturation, 3 hue.
+      factors: (3,) of the first three; 1 changes nothing.
+      hue: () turns of the colour wheel.
+
+    Returns:
+      (H, W, 3) float32 on [0, 1].
+    """
+    # Every image has an order of its own. Choosing among four changes at each of four places would
+    # compute sixteen. But the first three are one formula, a blend, which leaves an image as it is
+    # at a factor of 1: six blends, three before the hue and three after it, half of them idle.
+    place = jnp.arange(3)
+    before_hue = place < jnp.argmax(order == 3)
+    blends = jnp.where(before_hue, order[:3], order[1:])  # the order without the hue
+    planes = _blend(_planes(image), blends, jnp.where(before_hue, factors[blends], 1.0))
+    planes = _blend(_turn(planes, hue), blends, jnp.where(before_hue, 1.0, factors[blends]))
+    return jnp.stack(planes, axis=-1)
+
+
+def _planes(image: Array) -> _Planes:
+    # They stay apart until the last change: XLA would compute an image of three channels once more
+    # for each channel that is read.
+    return image[..., 0], image[..., 1], image[..., 2]
+
+
+def _blend(planes: _Planes, blends: Array, factors: Array) -> _Planes:
+    """Blends with black (0), the mean grey (1) and the grey of each pixel (2), in this order."""
+    for blend, factor in zip(blends, factors, strict=True):
+        grey = _grey(planes)
+        other = jnp.where(blend == 0, 0.0, jnp.where(blend == 1, jnp.mean(grey), grey))
+        red, green, blue = (jnp.clip(factor * x + (1 - factor) * other, 0, 1) for x in planes)
+        planes = red, green, blue
+    return planes
+
+
+def _grey(planes: _Planes) -> Array:
+    red, green, blue = planes
+    return 0.2989 * red + 0.587 * green + 0.114 * blue  # torchvision's weights
+
+
+def _turn(planes: _Planes, hue: Array) -> _Planes:
+    """Turns the hue of HSV by `hue` turns; saturation and value stay."""
+    red, green, blue = planes
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    spread = value - jnp.minimum(jnp.minimum(red, green), blue)
+    divisor = jnp.where(spread > 0, 6 * spread, 1.0)
+    # The largest channel is found by comparing channels, not as the one that equals `value`: where
+    # a compiler computed a channel twice, rounded differently, up to a tenth of the pixels got
+    # another hue. A comparison can only change between channels that are as good as equal, and then
+    # both branches agree.
+    old = jnp.where(
+        (red >= green) & (red >= blue),
+        (green - blue) / divisor,
+        jnp.where(green >= blue, (blue - red) / divisor + 1 / 3, (red - green) / divisor + 2 / 3),
+    )
+    sixths = 6 * ((old + hue) % 1.0)
+    return (
+        value - spread * jnp.clip(2 - jnp.abs(sixths - 3), 0, 1),
+        value - spread * jnp.clip(jnp.abs(sixths - 2) - 1, 0, 1),
+        value - spread * jnp.clip(jnp.abs(sixths - 4) - 1, 0, 1),
+    )
+
+
+def blur(image: Array, sigma: Array) -> Array:
+    """Blurs one image with a Gaussian; beyond its border the image goes on as at the border.
+
+    Args:
+      image: (H, W, 3) float32.
+      sigma: () standard deviation in px.
+    """
+    # As matrices: depthwise convolutions are very slow on a CPU.
+    rows, columns = _gaussian(image.shape[0], sigma), _gaussian(image.shape[1], sigma)
+    extended = jnp.pad(image, ((_REACH, _REACH), (_REACH, _REACH), (0, 0)), mode="edge")
+    y = jnp.einsum("Hh,hwc->Hwc", rows, extended, precision="highest")
+    return jnp.einsum("Ww,hwc->hWc", columns, y, precision="highest")
+
+
+def _gaussian(length: int, sigma: Array) -> Array:
+    """(length, length + 2 _REACH): what each pixel takes of an extended line; rows sum to 1."""
+    place = jnp.arange(length + 2 * _REACH) - _REACH
+    distance = place[None, :] - jnp.arange(length)[:, None]
+    weights = jnp.exp(-0.5 * (distance / sigma) ** 2)
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
 def cutmix_mask(key: Array, batch: int, size: tuple[int, int], probability: float) -> Array:
@@ -90,12 +186,53 @@ def cutmix_mask(key: Array, batch: int, size: tuple[int, int], probability: floa
     box_h = 0.5 * height * width / box_w
     left = jax.random.uniform(x_key, (batch,)) * (width - box_w)
     top = jax.random.uniform(y_key, (batch,)) * (height - box_h)
-    x = jnp.arange(width)[None, :] + 0.5
-    y = jnp.arange(height)[None, :] + 0.5
-    inside_x = (x >= left[:, None]) & (x < (left + box_w)[:, None])  # (B, W)
-    inside_y = (y >= top[:, None]) & (y < (top + box_h)[:, None])  # (B, H)
     used = jax.random.bernoulli(use_key, probability, (batch,))
-    return inside_y[:, :, None] & inside_x[:, None, :] & used[:, None, None]
+    return _rectangles(size, left, top, box_w, box_h) & used[:, None, None]
+
+
+def unimatch_mask(key: Array, batch: int, size: tuple[int, int], config: ConfigDict) -> Array:
+    """Draws the CutMix boxes of UniMatch's code, at most one an image.
+
+    The area is uniform in its range. Then a ratio of the sides and a place are drawn until the box
+    lies inside the image, so that long boxes and those that few places have room for are rarer.
+
+    Args:
+      key: random key.
+      batch: B.
+      size: (H, W) px.
+      config: `config.method.unimatch_view`, for `cutmix` and the ranges of area and ratio.
+
+    Returns:
+      (B, H, W) bool, True where the next image of the batch shows.
+    """
+    height, width = size
+    use_key, area_key, ratio_key, x_key, y_key = jax.random.split(key, 5)
+    low, high = config.cutmix_area
+    area = jax.random.uniform(area_key, (batch, 1), minval=low, maxval=high) * (height * width)
+    # The first of many tries that fits, where theirs has a loop: a GPU would wait for its end. None
+    # fits in about one image of 10^7 at 3:4 and of 40,000 at 1:2; such an image has no box.
+    tries = (batch, _TRIES)
+    low, high = config.cutmix_ratio
+    ratio = jax.random.uniform(ratio_key, tries, minval=low, maxval=high)
+    box_w, box_h = jnp.floor(jnp.sqrt(area / ratio)), jnp.floor(jnp.sqrt(area * ratio))
+    left = jnp.floor(jax.random.uniform(x_key, tries) * width)
+    top = jnp.floor(jax.random.uniform(y_key, tries) * height)
+    fits = (left + box_w <= width) & (top + box_h <= height)
+    first = jnp.argmax(fits, axis=1)[:, None]
+    box = [jnp.take_along_axis(x, first, axis=1)[:, 0] for x in (left, top, box_w, box_h)]
+    used = jax.random.bernoulli(use_key, config.cutmix, (batch,)) & jnp.any(fits, axis=1)
+    return _rectangles(size, *box) & used[:, None, None]
+
+
+def _rectangles(
+    size: tuple[int, int], left: Array, top: Array, width: Array, height: Array
+) -> Array:
+    """(B, H, W) bool, True at the pixels whose centre is in their image's rectangle, (B,) px."""
+    x = jnp.arange(size[1])[None, :] + 0.5
+    y = jnp.arange(size[0])[None, :] + 0.5
+    inside_x = (x >= left[:, None]) & (x < (left + width)[:, None])  # (B, W)
+    inside_y = (y >= top[:, None]) & (y < (top + height)[:, None])  # (B, H)
+    return inside_y[:, :, None] & inside_x[:, None, :]
 
 
 def mix(mask: Array, x: Array) -> Array:

@@ -29,6 +29,16 @@ def _has_baseline(c: Fields) -> bool:
     return c["method.name"] in ("csc", "cutmix_mean_teacher")
 
 
+def _is_one_of(*names: str) -> Callable[[Fields], bool]:
+    return lambda c: c["method.name"] in names
+
+
+def _has_photometric_views(c: Fields) -> bool:
+    """Whether the views of `method.color_jitter` and `method.blur` are made (FixMatch: below)."""
+    uses = c["method.name"] in ("csc", "cutmix_mean_teacher", "cps", "mean_teacher", "u2pl")
+    return bool(uses and (c["method.color_jitter"] or c["method.blur"]))
+
+
 CHANGES = (
     Change(
         "0.2.0",
@@ -41,6 +51,32 @@ CHANGES = (
         "L_u is the mean over the pixels that have a pseudo-label",
         _has_baseline,
         {"method.unsupervised_mean": "all"},
+    ),
+    Change(
+        "0.2.0",
+        "colour jitter multiplies and blur extends the image at its border",
+        _has_photometric_views,
+    ),
+    Change(
+        "0.2.0",
+        "the strong view is that of UniMatch's code, and pseudo-labels are made without dropout",
+        _is_one_of("fixmatch", "unimatch", "unimatch_v2"),
+    ),
+    Change(
+        "0.2.0",
+        "labelled and unlabelled images are batches of their own, and pseudo-labels are made "
+        "without dropout",
+        _is_one_of("cct", "cps"),
+    ),
+    Change(
+        "0.2.0",
+        "the targets are made without dropout, and flaw maps are blurred as in the authors' code",
+        _is_one_of("gct"),
+    ),
+    Change(
+        "0.2.0",
+        "the module's pseudo-labels come from the teacher in evaluation mode",
+        lambda c: c["method.name"] == "mean_teacher" and c["method.contrast"] == "csc",
     ),
 )
 

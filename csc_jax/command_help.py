@@ -18,6 +18,7 @@ EXAMPLES = {  # of each --mode
     "train": "--config=synthetic --workdir=W",
     "evaluate": "--mode=evaluate --workdir=W --checkpoint=best",
     "predict": "--mode=predict --workdir=W --images=DIR --out=DIR",
+    "plan": "--mode=plan --config=cityscapes --topology=v5e:4x4",
 }
 
 # A field of `default_config` with its value, over several lines where that is long.

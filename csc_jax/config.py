@@ -1,7 +1,7 @@
 """Every field of a run, with unit and source; a file in `configs/` changes the few it needs.
 
-`decisions.md N` is row N of the project's list of settled questions, `lineage` the family of
-public training codes that the paper builds on (U2PL, ContrastiveSeg, AEL).
+`decisions.md N` is row N of docs/decisions.md, `lineage` the family of public training codes that
+the paper builds on (U2PL, ContrastiveSeg, AEL).
 """
 
 import json
@@ -57,7 +57,7 @@ def default_config() -> ConfigDict:
     c.batch = ConfigDict()
     c.batch.labeled = 4  # images a step, all devices together
     c.batch.unlabeled = 4  # images a step, all devices together
-    c.batch.eval = 8  # images a step in evaluation, all devices together
+    c.batch.eval = 8  # images a step in evaluation, all devices together; rounded up to divide
 
     c.model = ConfigDict()
     c.model.backbone = "resnet18"  # resnet18 | resnet34 | resnet50 | resnet101 | efficientnet_lite0
@@ -118,7 +118,8 @@ def default_config() -> ConfigDict:
     c.method.cct.i_vat = 2  # under the adversarial perturbation
     c.method.cct.obj_msk = 2  # under object masking
     c.method.cct.dropout_rate = 0.5  # probability of a channel (dropout)
-    c.method.cct.drop_range = (0.6, 0.9)  # of gamma, as a ratio of the most active pixel (f_drop)
+    # Of gamma, a ratio of the most active pixel (f_drop); the paper's, their code has (0.7, 0.9)
+    c.method.cct.drop_range = (0.6, 0.9)
     c.method.cct.noise = 0.3  # the noise is uniform in ± this, as a ratio of the feature (f_noise)
     c.method.cct.erase = 0.4  # sides of the hole, as a ratio of those of the object (g_cutout)
     c.method.cct.epsilon = 2.0  # norm of the perturbation of an image's features (i_vat)
@@ -169,10 +170,12 @@ def default_config() -> ConfigDict:
     c.method.unimatch_view.grayscale = 0.2  # probability of grey-scale
     c.method.unimatch_view.blur = 0.5  # probability of Gaussian blur
     c.method.unimatch_view.cutmix = 0.5  # probability of CutMix
+    c.method.unimatch_view.cutmix_area = (0.02, 0.4)  # of the box, as a ratio of the image's area
+    c.method.unimatch_view.cutmix_ratio = (0.3, 1 / 0.3)  # height of the box to its width
 
     c.method.unimatch_v2 = ConfigDict()  # Yang et al., TPAMI 2025
     c.method.unimatch_v2.threshold = 0.95  # probability that a pseudo-label must reach
-    c.method.unimatch_v2.dropped = 0.5  # share of images that lose channels
+    c.method.unimatch_v2.dropped = 0.5  # share of a batch's images that lose channels
 
     c.contrast = ConfigDict()  # the paper's module, part of csc; Tables I to IV switch its parts
     c.contrast.weight = 1.0  # lambda_c (Eq. 1, decisions.md 17)

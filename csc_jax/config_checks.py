@@ -145,7 +145,15 @@ _LENGTHS = {
     "method.u2pl.percentile": 2,
     "method.u2pl.ranks": 2,
     "method.cct.drop_range": 2,
+    "method.unimatch_view.cutmix_area": 2,
+    "method.unimatch_view.cutmix_ratio": 2,
     "eval.window": 2,
+}
+
+# Fields that hold the lowest and the highest value of a range, with the bounds of both.
+_SPANS: dict[str, tuple[float, float]] = {
+    "method.unimatch_view.cutmix_area": (0, 1),
+    "method.unimatch_view.cutmix_ratio": (1e-3, 1e3),
 }
 
 
@@ -170,6 +178,13 @@ def validate(config: ConfigDict) -> None:
             raise UserError(
                 f"{name} is {fields[name]}; it takes {length} numbers, as in "
                 f"--config.{name}={','.join(['1'] * length)}."
+            )
+    for name, (low, high) in _SPANS.items():
+        first, last = fields[name]
+        if not low <= first <= last <= high:
+            raise UserError(
+                f"{name} is {fields[name]}; it takes the lowest and the highest value of a range "
+                f"within {low:g} and {high:g}."
             )
     scales = tuple(config.eval.scales)
     if not scales or min(scales) <= 0:

@@ -111,12 +111,14 @@ class Experiment:
     ) -> evaluation.Scores:
         """Scores a network on a split in the way that `config.eval` says.
 
-        `before_batch` may raise to end it early, on all processes at the same batch; for `on_image`
-        see `evaluation.evaluate`.
+        `batch.eval` is rounded up to a multiple of the devices, each of which predicts as many
+        images. `before_batch` may raise to end it early, on all processes at the same batch; for
+        `on_image` see `evaluation.evaluate`.
         """
+        batch_size = -(-self.config.batch.eval // self.mesh.size) * self.mesh.size
 
         def batches() -> Iterator[dict[str, Any]]:
-            for batch in data.eval_batches(source, self.config.batch.eval):
+            for batch in data.eval_batches(source, batch_size):
                 before_batch()
                 yield batch
 
@@ -131,13 +133,19 @@ class Experiment:
         )
 
 
-def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray) -> Experiment:
+def build(
+    config: ConfigDict,
+    class_names: tuple[str, ...],
+    palette: np.ndarray,
+    devices: Sequence[jax.Device] | None = None,
+) -> Experiment:
     """Assembles an experiment; touches the accelerator only to count its devices.
 
     Args:
       config: valid and resolved.
       class_names: of the data set.
       palette: (C, 3) uint8 RGB, for drawing.
+      devices: to choose the mesh from; None = all that JAX sees.
 
     Raises:
       UserError: a field that does not fit the data set, the devices or another field.
@@ -146,7 +154,7 @@ def build(config: ConfigDict, class_names: tuple[str, ...], palette: np.ndarray)
     model = models.build(config.model, num_classes, aux_head=config.loss.aux_weight > 0)
     task = methods.Task(config, model, num_classes, config.train.steps)
     method = methods.build(task)
-    mesh = sharding.make_mesh(config.parallel.devices, config.parallel.fsdp)
+    mesh = sharding.make_mesh(config.parallel.devices, config.parallel.fsdp, devices)
     sharding.check_batch_sizes(config, mesh)
 
     def logits(variables: dict[str, Any], images: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from csc_jax.order_statistics import kth_smallest
+
 IGNORE = 255  # label of a pixel that counts in no loss and no score (lineage)
 
 
@@ -54,12 +56,11 @@ def ohem_cross_entropy(
     """
     valid = valid_pixels(labels, logits.shape[-1])
     loss = pixel_cross_entropy(logits, labels)
-    probability = jax.lax.stop_gradient(jnp.where(valid, jnp.exp(-loss), 1.0)).reshape(-1)
-    rank = min(min_kept, probability.size) - 1
-    limit = jnp.maximum(jnp.sort(probability)[rank], threshold)
-    # Ignored pixels were given probability 1, so they sort last.
+    # Ignored pixels come last.
+    probability = jax.lax.stop_gradient(jnp.where(valid, jnp.exp(-loss), 1.0))
+    limit = kth_smallest(probability, min(min_kept, probability.size) - 1)
     enough = jnp.sum(valid) >= min_kept
-    kept = valid & ((probability.reshape(loss.shape) <= limit) | ~enough)
+    kept = valid & ((probability <= jnp.maximum(limit, threshold)) | ~enough)
     return jnp.sum(jnp.where(kept, loss, 0.0)) / jnp.maximum(jnp.sum(kept), 1)
 
 

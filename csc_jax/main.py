@@ -1,9 +1,11 @@
-"""Command line: train, evaluate or predict.
+"""Command line: train, evaluate, predict or plan.
 
 csc-jax --config=synthetic --workdir=runs/synthetic
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --save_predictions=DIR
 python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
+python -m csc_jax.main --mode=plan --topology=v5e:4x4 --config=configs/cityscapes.py
+    --config.batch.labeled=32 --config.batch.unlabeled=32
 
 docs/scaling.md has the commands for several devices, hosts and processes.
 """
@@ -41,11 +43,11 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "A file, or the name of one that comes with csc_jax; any field is overridden by "
-    "--config.section.field=value. Without it, evaluate and predict take the config of the run in "
-    "--workdir.",
+    "--config.section.field=value. Without it, evaluate, predict and plan take the config of the "
+    "run in --workdir.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, plots.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "predict"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "predict", "plan"], "What to do.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "latest", "evaluate, predict: latest, best (by mIoU on the val split) or a step."
 )
@@ -55,7 +57,19 @@ _SAVE_PREDICTIONS = flags.DEFINE_string(
     "evaluate: folder for a PNG an image: Cityscapes label ids, Pascal VOC palette, or class ids.",
 )
 _IMAGES = flags.DEFINE_string("images", None, "predict: an image or a folder of images.")
-_OUT = flags.DEFINE_string("out", None, "predict: folder for overlays and index PNGs.")
+_OUT = flags.DEFINE_string(
+    "out", None, "predict: folder for overlays and index PNGs; plan: JSON file of the plan."
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "plan: hardware to compile for, such as v5e:4x4 or h100:8."
+)
+_CLASSES = flags.DEFINE_integer(
+    "classes", None, "plan: how many, where the data set does not say.", lower_bound=1
+)
+_UNLABELED = flags.DEFINE_integer(
+    "unlabeled", None, "plan: images of the unlabelled list, likewise.", lower_bound=1
+)
+_FIT = flags.DEFINE_bool("fit", False, "plan: look for the largest batch, compiling a few times.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -79,6 +93,7 @@ _REQUIRED = {  # flags that a mode cannot do without
     "train": _RUN,
     "evaluate": _RUN,
     "predict": _RUN | {"images": "an image or a folder of images", "out": "the folder to write to"},
+    "plan": {"topology": "hardware to compile for, such as v5e:4x4 or h100:8"},
 }
 
 
@@ -146,10 +161,21 @@ def dispatch(config: ConfigDict) -> None:
     import jax
 
     from csc_jax import distributed
+    from csc_jax.plan import plan
     from csc_jax.predict import predict_folder
     from csc_jax.score import load, score
     from csc_jax.train import train
 
+    if _MODE.value == "plan":
+        plan(
+            config,
+            str(_TOPOLOGY.value),
+            classes=_CLASSES.value,
+            unlabeled=_UNLABELED.value,
+            fit=_FIT.value,
+            out=Path(_OUT.value) if _OUT.value else None,
+        )
+        return
     workdir = _path(_WORKDIR)
     distributed.join(
         _COORDINATOR.value,
@@ -196,7 +222,11 @@ def dispatch(config: ConfigDict) -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless the environment names another place."""
+    """Keeps compiled programs between runs, unless the environment names another place.
+
+    JAX has XLA keep there as well, fusion by fusion, which kernels were the fastest on a GPU, so
+    that a changed program tries those anew alone that it has changed.
+    """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax
@@ -286,7 +316,8 @@ def _with_config_path(argv: Sequence[str]) -> list[str]:
 def _stored_config(argv: Sequence[str]) -> str:
     """Returns the config file that stands in for a missing --config."""
     given = dict(a.lstrip("-").partition("=")[::2] for a in argv[1:])
-    if given.get("mode", "train") == "train":
+    mode = given.get("mode", "train")
+    if mode == "train" or (mode == "plan" and not given.get("workdir")):
         raise UserError(
             "--config is missing: give a file, or one of the names "
             f"{', '.join(config_files.names())}."

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
+from csc_jax import order_statistics
 from csc_jax.losses import IGNORE, valid_pixels
 
 MODES = ("adaptive", "entropy", "confidence")
@@ -76,5 +77,4 @@ def _low_entropy(
     entropy = -jnp.sum(probabilities * jnp.log(probabilities + 1e-10), axis=-1)
     first, last = percentile
     p = first + (last - first) * progress
-    limit = jnp.nanpercentile(jnp.where(counted, entropy, jnp.nan), p)
-    return entropy < limit
+    return entropy < order_statistics.percentile(entropy, counted, p)

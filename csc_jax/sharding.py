@@ -6,6 +6,7 @@ sharded data parallelism); results are the same, memory and traffic are not.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,9 @@ from csc_jax.errors import UserError
 _SMALLEST = 1024
 
 
-def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
+def make_mesh(
+    devices: int = 0, fsdp: int = 1, available: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Returns a mesh ("data", "fsdp") over the first `devices` devices, all of them for 0.
 
     The devices of a process lie side by side, so that its rows of a batch do too, and copies of the
@@ -30,15 +33,17 @@ def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
     Args:
       devices: in the mesh.
       fsdp: devices that share one copy of the parameters.
+      available: devices to choose from; None = all that JAX sees.
 
     Raises:
       UserError: more devices asked for than there are, fewer than the processes of a run have, or a
         number that `fsdp` does not divide.
     """
-    available = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    given = jax.devices() if available is None else available
+    available = sorted(given, key=lambda device: (device.process_index, device.id))
     if devices > len(available):
         raise UserError(
-            f"parallel.devices is {devices}, but JAX sees {len(available)} "
+            f"parallel.devices is {devices}, but there are {len(available)} "
             f"({available[0].platform}). Set --config.parallel.devices={len(available)} or fewer; "
             "0 takes all."
         )
@@ -60,8 +65,8 @@ def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
 
 
 def check_batch_sizes(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError for a batch that does not divide by the mesh."""
-    for name in ("labeled", "unlabeled", "eval"):
+    """Raises UserError for a batch of training that does not divide by the mesh."""
+    for name in ("labeled", "unlabeled"):
         size = config.batch[name]
         if size % mesh.size:
             raise UserError(

@@ -1,6 +1,7 @@
 """One optimizer step: a pure function of (state, batch), the same for every method."""
 
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -12,7 +13,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from csc_jax.background import in_background
+from csc_jax.background import in_background, wait_for
 from csc_jax.methods import Method
 from csc_jax.methods.base import Batch
 from csc_jax.models.weights import overlay
@@ -169,6 +170,18 @@ def compile_step(
     return partial(step, _seed(method))
 
 
+def lower_step(step: Step, state: TrainState, batch: AbstractBatch) -> jax.stages.Lowered:
+    """Returns the traced program of a step of `compile_step`, not compiled.
+
+    Args:
+      step: of `compile_step`.
+      state: shapes and shardings, as of `abstract_state`.
+      batch: shapes of the whole batch, as of `data.abstract_batch`.
+    """
+    jitted = cast(partial[Any], step)
+    return cast(jax.stages.Wrapped, jitted.func).lower(*jitted.args, state, batch)
+
+
 def compile_ahead(
     step: Step,
     state: TrainState,
@@ -178,18 +191,21 @@ def compile_ahead(
     """Returns the same step, compiled in a thread while the caller goes on.
 
     It is traced before this returns: that is Python's work, as the caller's own will be. The
-    compiler, or the reading of its cache, is not, and the first step waits for it.
+    compiler, or the reading of its cache, is not, and the first step waits for it, telling so.
 
     Args:
-      step: of `compile_step`.
-      state: shapes and shardings, as of `abstract_state`.
-      batch: shapes of the whole batch, as of `data.abstract_batch`. Others are a TypeError later.
+      step: as in `lower_step`.
+      state: as in `lower_step`.
+      batch: as in `lower_step`. Other shapes are a TypeError later.
       compile: what the thread does, as `KeptStep.compile`.
     """
-    jitted = cast(partial[Any], step)
-    lowered = cast(jax.stages.Wrapped, jitted.func).lower(*jitted.args, state, batch)
-    program = in_background(compile, lowered)
-    return lambda state, batch: program.result()(*jitted.args, state, batch)
+    lowered, given = lower_step(step, state, batch), cast(partial[Any], step).args
+    since, program = time.perf_counter(), in_background(compile, lowered)
+
+    def compiled_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return wait_for(program, "compiling the train step", since)(*given, state, batch)
+
+    return compiled_step
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, str]:

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,6 +40,30 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compilation makes a first example slow, and a failure must come again at the next run.
 settings.register_profile("csc_jax", deadline=None, derandomize=True)
 settings.load_profile("csc_jax")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a test that would be skipped fails")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.option.no_skips:
+        report.outcome = "failed"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped and collector.config.option.no_skips:
+        report.outcome = "failed"
+    return report
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

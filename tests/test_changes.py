@@ -49,3 +49,29 @@ def test_a_run_of_this_version_has_the_defaults_of_now():
     config = config_of("csc")
     assert config_checks.check_resumed(of_older_version(config), config, __version__) == []
     assert all(change.version <= __version__ for change in CHANGES)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "what"),
+    [
+        ("fixmatch", {}, "strong view"),
+        ("unimatch_v2+csc", {}, "strong view"),
+        ("cps", {}, "batches of their own"),
+        ("gct", {}, "flaw maps"),
+        ("mean_teacher+csc", {}, "evaluation mode"),
+        ("csc", {"method.blur": 0.5}, "colour jitter"),
+        ("u2pl", {"method.color_jitter": 0.8}, "colour jitter"),
+    ],
+)
+def test_a_run_that_nothing_can_bring_back_is_refused(method, fields, what):
+    config = config_of(method)
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError, match=rf"csc_jax 0\.1\.0; since version 0\.2\.0 .*{what}"):
+        config_checks.check_resumed(of_older_version(config), config, "0.1.0")
+    assert config_checks.check_resumed(of_older_version(config), config, __version__) == []
+
+
+@pytest.mark.parametrize("method", ["supervised", "u2pl", "mean_teacher"])
+def test_a_run_that_no_change_concerns_goes_on(method):
+    config = config_of(method)
+    assert config_checks.check_resumed(of_older_version(config), config, "0.1.0") == []

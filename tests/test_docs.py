@@ -4,21 +4,49 @@ import ast
 import csv
 import itertools
 import re
+import runpy
 from pathlib import Path
 
+import draw_method
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Harness, tiny_config
+from contrast_cases import random_bank
+from tiny import CLASSES, Harness, tiny_config
+from toy_network import toy_method
 
 from csc_jax import config as config_lib
-from csc_jax import methods
+from csc_jax import contrast, experiment, methods
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "use_in_your_code.md").read_text()
-EXAMPLES = dict(
-    zip(("linen", "nnx"), re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL), strict=True)
-)
+*WHOLE, HALVES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+EXAMPLES = dict(zip(("linen", "nnx"), WHOLE, strict=True))
+
+
+def test_the_figure_of_the_method_is_what_its_script_draws(tmp_path):
+    draw_method.main([f"--out={tmp_path / 'method.svg'}"])
+    drawn = (tmp_path / "method.svg").read_bytes()
+    assert drawn == (DOCS / "images" / "method.svg").read_bytes()
+
+
+def test_every_cited_decision_is_there():
+    anchors = set(re.findall(r'<a id="(\w+)"></a>', (DOCS / "decisions.md").read_text()))
+    root = DOCS.parent
+    files = [root / "README.md", *DOCS.glob("*.md")]
+    files += [
+        p for d in ("csc_jax", "configs", "scripts", "tests") for p in (root / d).rglob("*.py")
+    ]
+    number, cited = r"\d+[a-c]?", set()
+    for file in files:
+        # A line break, with what marks a comment, may stand between any two words.
+        text = re.sub(r"\s*\n[\s#>|]*", " ", file.read_text())
+        for numbers in re.findall(rf"decisions\.md ({number}(?:(?:, | and | to ){number})*)", text):
+            cited |= {(file.name, each) for each in re.findall(number, numbers)}
+        cited |= {(file.name, each) for each in re.findall(r"decisions\.md#([\w-]+)", text)}
+    assert len(cited) > 60
+    assert {each for each in cited if each[1] not in anchors} == set()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
@@ -68,6 +96,27 @@ def test_example_is_short_and_takes_the_contrast_module_alone(name):
     assert ours == {("csc_jax", "contrast")}
 
 
+def test_the_loss_of_the_halves_is_that_of_the_method():
+    variables = {"contrast": contrast}
+    exec(compile(HALVES, "use_in_your_code.md (halves)", "exec"), variables)
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(3, CLASSES, 2, 6)), jnp.float32)
+    valid = jnp.asarray(rng.random((3, CLASSES, 2)) < 0.7)
+    bank = random_bank(1, [4, 2, 5, 3], 5, 6)
+    ids = jnp.broadcast_to(jnp.arange(CLASSES)[:, None], valid.shape)
+    loss = variables["sum_of_halves"](
+        contrast.normalize(features).reshape(3, -1, 6),
+        ids.reshape(3, -1),
+        valid.reshape(3, -1),
+        1,
+        bank,
+    )
+    method, state = toy_method(method__name="csc")
+    queries = contrast.Samples(features, ids, valid)
+    expected = method._contrastive_loss(state.replace(bank=bank), queries, 1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
 def test_a_method_is_one_file_one_line_and_one_test(tmp_path, monkeypatch):
     page = (DOCS / "add_a_method.md").read_text()
     method, line, test = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -89,3 +138,14 @@ def test_a_method_is_one_file_one_line_and_one_test(tmp_path, monkeypatch):
     step = on_top.step.func.eval_shape
     state, _ = step(*on_top.step.args, jax.eval_shape(on_top.init), on_top.batch(0))
     assert state.bank is not None
+
+
+def test_batches_of_the_commands_for_several_gpus_divide_by_them():
+    page = (DOCS / "scaling.md").read_text()
+    commands = re.findall(r"(?:--config\.batch\.\w+=\d+ ?)+", page)
+    assert len(commands) >= 2  # one host with 8 GPUs, and two
+    for command in commands:
+        config = runpy.run_path(str(DOCS.parent / "configs" / "cityscapes.py"))["get_config"]()
+        for field, value in re.findall(r"--config\.([\w.]+)=(\d+)", command):
+            config.update_from_flattened_dict({field: int(value)})
+        experiment.build(config_lib.resolve(config, 1), ("road",) * 19, np.zeros((19, 3), np.uint8))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny_config
+from toy_network import ToyNetwork
 
 from csc_jax import config as config_lib
 from csc_jax import evaluation, experiment, models
@@ -289,3 +290,26 @@ def test_an_experiment_scores_the_logits_of_its_network(stem):
         return models.resize_aligned(outputs.logits, (64, 50)).argmax(-1)[0]
 
     np.testing.assert_array_equal(built.predict_image(network, image), expected(network))
+
+
+def test_eval_batches_grow_to_the_devices_and_score_the_same(monkeypatch, tmp_path):
+    """batch.eval = 1, as in the recipes for images of many sizes, on eight devices."""
+    monkeypatch.setattr(models, "build", lambda config, classes, aux_head: ToyNetwork(classes))
+    scores = {}
+    for devices in (1, 8):
+        config = tiny_config(
+            tmp_path,
+            batch__labeled=8,
+            batch__unlabeled=8,
+            batch__eval=1,
+            model__projection_dim=4,
+            parallel__devices=devices,
+        )
+        dataset = experiment.load_data(config)
+        config = config_lib.resolve(config, steps_per_epoch=4)
+        built = experiment.build(config, dataset.class_names, dataset.palette)
+        network = built.compile_init()().teacher
+        scores[devices] = built.evaluate(network, dataset.source("val"))
+    np.testing.assert_array_equal(scores[8].confusion, scores[1].confusion)
+    assert scores[1].confusion.sum() > 0
+    assert len(scores[8].per_image) == len(scores[1].per_image) == config.data.synthetic.val

@@ -5,7 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_network import cross_entropy, softmax, toy_batch, toy_method
+from toy_network import (
+    assert_statistics,
+    cross_entropy,
+    running_statistics,
+    softmax,
+    toy_batch,
+    toy_method,
+)
 
 from csc_jax.config import default_config
 from csc_jax.methods import cct
@@ -175,39 +182,43 @@ def test_the_loss_is_the_papers():
     method, state = toy_method(method__name="cct", method__cct__ramp_up=0.4, train__steps=10, **FEW)
     state = state.replace(step=jnp.int32(2))  # half of the ramp's four steps are over
     batch = toy_batch()
-    images = jnp.concatenate([batch["labeled"]["image"], batch["unlabeled"]["image"]])
-    label = batch["labeled"]["label"]
+    images, label = [batch[half]["image"] for half in batch], batch["labeled"]["label"]
 
     @jax.jit
     def run(state):
         losses = jax.value_and_grad(method.loss, has_aux=True)(state.trained, state, batch, KEY)
         student, decoders = state.student, state.companions["decoders"].params
-        out, _ = method.task.train_forward(
-            student.params, student.batch_stats, images, KEY, projection=False
+        of_labeled, of_unlabeled = (  # each normalised by itself
+            method.task.train_forward(
+                student.params, student.batch_stats, half, KEY, projection=False
+            )[0]
+            for half in images
         )
         decoded = cct.decode_perturbed(
             jax.random.split(KEY)[1],
             decoders,
-            out.encoded[2:],
-            out.logits[2:].argmax(-1) != 0,
+            of_unlabeled.encoded,
+            of_unlabeled.logits.argmax(-1) != 0,
             method.task.config.method.cct,
         )
         method.task.config.method.cct.annealed = True
-        annealed = method._supervised_loss(jnp.int32(1), out, label)
-        return losses, out.logits, decoded, annealed
+        annealed = method._supervised_loss(jnp.int32(1), of_labeled, label)
+        return losses, of_labeled.logits, of_unlabeled.logits, decoded, annealed
 
-    ((loss, outputs), gradients), logits, decoded, annealed = run(state)
+    ((loss, outputs), gradients), logits_l, logits_u, decoded, annealed = run(state)
     assert decoded.shape == (7, 2, 8, 8, 4)
     inside = np.asarray(batch["unlabeled"]["inside"])[:, ::4, ::4]
-    target = softmax(logits[2:])
+    target = softmax(logits_u)
     loss_u = np.mean([((softmax(one) - target) ** 2)[inside].mean() for one in decoded])
-    full = resize_aligned(logits[:2], (32, 32))
+    full = resize_aligned(logits_l, (32, 32))
     loss_s = cross_entropy(full, np.asarray(label), np.ones(label.shape, bool))
     np.testing.assert_allclose(outputs.metrics["loss_u"], loss_u, rtol=1e-4)
     np.testing.assert_allclose(outputs.metrics["loss_s"], loss_s, rtol=1e-4)
     np.testing.assert_allclose(loss, loss_s + np.exp(-5 * 0.25) * 30.0 * loss_u, rtol=1e-4)
     expected = cct.annealed_cross_entropy(full, label, 0.1)
     np.testing.assert_allclose(annealed, expected, rtol=1e-5)
+    statistics = running_statistics(method, state.student, *images)
+    assert_statistics(outputs.batch_stats["student"], statistics)
     # Every decoder learns, and so does the encoder.
     for kernel in gradients["decoders"]["project"]["kernel"]:
         assert np.any(kernel)

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_network import cross_entropy, softmax, toy_batch, toy_method
+from toy_network import (
+    assert_statistics,
+    cross_entropy,
+    running_statistics,
+    softmax,
+    toy_batch,
+    toy_method,
+)
 
 from csc_jax import augment
 from csc_jax.models import resize_aligned
@@ -37,11 +44,14 @@ def test_each_network_learns_the_arg_max_of_the_other(cutmix, monkeypatch):
         mixed[:, :, :12] = np.asarray(unlabeled)[::-1, :, :12]
         inside_mixed = inside.copy()
         inside_mixed[:, :, :12] = inside[::-1, :, :12]
-        images = jnp.concatenate([labeled.astype(jnp.float32), mixed])
         taught = {name: logits_of(method, n, unlabeled) for name, n in networks.items()}
+        batches = (unlabeled, mixed, labeled)  # each normalised by itself
     else:
-        images = jnp.concatenate([labeled, unlabeled])
-    logits = {name: logits_of(method, n, images) for name, n in networks.items()}
+        mixed, batches = unlabeled, (labeled, unlabeled)
+    logits = {
+        name: np.concatenate([logits_of(method, n, labeled), logits_of(method, n, mixed)])
+        for name, n in networks.items()
+    }
     expected, label = 0.0, np.asarray(batch["labeled"]["label"])
     for name, other in (("student", "second"), ("second", "student")):
         loss_s = cross_entropy(logits[name][:2], label, EVERYWHERE)
@@ -56,6 +66,8 @@ def test_each_network_learns_the_arg_max_of_the_other(cutmix, monkeypatch):
         np.testing.assert_allclose(outputs.metrics["loss_s" + suffix], loss_s, rtol=1e-4)
         np.testing.assert_allclose(outputs.metrics["loss_u" + suffix], loss_u, rtol=1e-4)
         expected += loss_s + 1.5 * loss_u
+        statistics = running_statistics(method, networks[name], *batches)
+        assert_statistics(outputs.batch_stats[name], statistics)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.ndimage
 from toy_network import cross_entropy, softmax, toy_batch, toy_method
 
 from csc_jax.methods import gct
@@ -12,15 +13,19 @@ KEY = jax.random.key(11)
 
 
 def blur_slowly(image, size):
-    """Gaussian blur pixel by pixel, the image reflected without repeating its edge."""
+    """Gaussian blur pixel by pixel, the image reflected without repeating its edge.
+
+    The kernel is that of the authors' code: SciPy's blur of a single pixel.
+    """
     size += 1 - size % 2
     sigma, radius = 0.3 * ((size - 1) / 2 - 1) + 0.8, size // 2
-    window = np.arange(-radius, radius + 1)
-    kernel = np.exp(-(window[:, None] ** 2 + window[None] ** 2) / (2 * sigma**2))
+    point = np.zeros((size, size))
+    point[radius, radius] = 1
+    kernel = scipy.ndimage.gaussian_filter(point, sigma)
     padded = np.pad(image, radius, mode="reflect")
     out = np.empty(image.shape)
     for y, x in np.ndindex(image.shape):
-        out[y, x] = np.sum(padded[y : y + size, x : x + size] * kernel) / kernel.sum()
+        out[y, x] = np.sum(padded[y : y + size, x : x + size] * kernel)
     return out
 
 
@@ -67,6 +72,18 @@ def test_blur():
     for size in (1, 2, 5, 8):
         expected = np.stack([blur_slowly(one, size) for one in image])
         np.testing.assert_allclose(gct.blur(jnp.asarray(image), size), expected, atol=1e-5)
+
+
+def test_the_kernels_tails_are_reflected_at_its_borders():
+    """By hand for 3 px: sigma is 0.8, and SciPy cuts the tails off after 3 px."""
+    weights = np.exp(-(np.arange(-3, 4) ** 2) / (2 * 0.8**2))
+    weights /= weights.sum()
+    one, two, three = weights[4:]
+    line = np.array([one + two, weights[3] + 2 * three, one + two])
+    point = jnp.zeros((1, 7, 7)).at[0, 3, 3].set(1.0)
+    expected = np.zeros((7, 7))
+    expected[2:5, 2:5] = line[:, None] * line
+    np.testing.assert_allclose(gct.blur(point, 3)[0], expected, atol=1e-6)
 
 
 def test_the_target_of_the_flaw_detector():

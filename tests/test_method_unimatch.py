@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_network import softmax, toy_batch, toy_method
+from toy_network import assert_statistics, running_statistics, softmax, toy_batch, toy_method
 
 from csc_jax import losses
 from csc_jax.methods import shared, unimatch, unimatch_v2
@@ -87,6 +87,7 @@ def test_the_strong_view_is_unimatchs_whatever_other_methods_have(name):
         always, never = (run(name, **{field: p})[-2] for p in (1.0, 0.0))
         assert np.isfinite(always), operation
         assert always != never, operation
+    assert run(name, method__unimatch_view__cutmix_area=(0.4, 0.4))[-2] != loss
 
 
 @pytest.mark.parametrize("name", ["fixmatch", "unimatch", "unimatch_v2"])
@@ -118,28 +119,67 @@ def test_perturbed_features_are_decoded_beside_the_others(monkeypatch):
     method, state = toy_method(method__name="unimatch")
     asked = {}
 
-    def forward(self, params, batch_stats, images, key, *, projection, perturb):
-        x = jnp.arange(1.0, len(images) + 1)[:, None, None, None] * jnp.ones((1, 2, 2, 16))
-        asked["features"] = perturb(Features(x, x[..., :1], 10 * x))
-        return real(
-            self,
-            params,
-            batch_stats,
-            jnp.concatenate([images, images[2:4]]),
-            key,
-            projection=projection,
-        )
+    def forward(self, params, batch_stats, images, key, *, projection, dropout=True, perturb=None):
+        if perturb is not None:
+            x = jnp.arange(1.0, len(images) + 1)[:, None, None, None] * jnp.ones((1, 2, 2, 16))
+            asked["features"] = perturb(Features(x, x[..., :1], 10 * x))
+            images = jnp.concatenate([images, images[2:4]])
+        return real(self, params, batch_stats, images, key, projection=projection, dropout=dropout)
 
     real = type(method.task).train_forward
     monkeypatch.setattr(type(method.task), "train_forward", forward)
     method.loss(state.trained, state, toy_batch(), jax.random.key(0))
     low, middle, deep = asked["features"]
-    assert (len(low), len(middle), len(deep)) == (10, 8, 10)
-    np.testing.assert_array_equal(low[:8, 0, 0, 0], np.arange(1, 9))
-    for row, image in ((8, 3.0), (9, 4.0)):  # images 2 and 3 of the batch are the weak ones
+    assert (len(low), len(middle), len(deep)) == (6, 4, 6)
+    np.testing.assert_array_equal(low[:4, 0, 0, 0], np.arange(1, 5))
+    for row, image in ((4, 3.0), (5, 4.0)):  # images 2 and 3 of the batch are the weak ones
         np.testing.assert_array_equal(np.unique(low[row]), [0, 2 * image])
         np.testing.assert_array_equal(np.unique(deep[row]), [0, 20 * image])
-    assert not np.array_equal(low[8] == 0, deep[8] == 0)
+    assert not np.array_equal(low[4] == 0, deep[4] == 0)
+
+
+@pytest.mark.parametrize(("name", "views"), [("fixmatch", 1), ("unimatch", 2)])
+def test_strong_views_are_a_batch_of_their_own(name, views, monkeypatch):
+    """In their code: labelled and weak images first, then the strong views."""
+    strong_view, seen = shared.strong_view, []
+
+    def record(*arguments):
+        seen.append(strong_view(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(shared, "strong_view", record)
+    method, state = toy_method(method__name=name)
+    batch = toy_batch()
+    _, outputs = method.loss(state.trained, state, batch, jax.random.key(0))
+    first = np.concatenate([batch["labeled"]["image"], batch["unlabeled"]["image"]])
+    assert len(seen) == views
+    second = np.concatenate([images for images, _ in seen])
+    expected = running_statistics(method, state.student, first, second)
+    assert_statistics(outputs.batch_stats["student"], expected)
+
+
+def test_exactly_half_of_the_images_keep_all_channels(monkeypatch):
+    for images, share, kept in ((1, 0.5, 0), (4, 0.5, 2), (5, 0.5, 2), (4, 0.0, 4), (4, 1.0, 0)):
+        keys = jax.random.split(jax.random.key(0), 20)
+        draws = [unimatch_v2.draw_dropped(key, images, share).ravel().tolist() for key in keys]
+        assert {draw.count(False) for draw in draws} == {kept}
+        assert len(set(map(tuple, draws))) > 1 or kept in (0, images)  # drawn anew
+
+    method, state = toy_method(method__name="unimatch_v2")
+    real, seen = type(method.task).train_forward, []
+
+    def forward(self, *arguments, projection, perturb):
+        x = jnp.ones((15, 2, 2, 16))  # labelled images and two strong views
+        seen.extend(perturb(Features(x, x, x)))
+        return real(self, *arguments, projection=projection)
+
+    monkeypatch.setattr(type(method.task), "train_forward", forward)
+    method.loss(state.trained, state, toy_batch(size=(5, 32, 32)), jax.random.key(0))
+    for features in (seen[0], seen[2]):
+        labeled, first, second = np.all(features == 1, axis=(1, 2, 3)).reshape(3, 5)
+        assert labeled.all()
+        assert first.sum() == 2
+        np.testing.assert_array_equal(first, second)
 
 
 def test_outputs_are_split_and_joined_alike():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import Harness, tiny_config
-from toy_network import toy_harness, toy_method
+from toy_network import toy_batch, toy_harness, toy_method
 
 from csc_jax import methods
 from csc_jax.checkpoint import Checkpointer
@@ -270,6 +270,33 @@ def test_a_panel_of_gct_shows_the_network_without_the_flaw(monkeypatch):
     # The detector is asked about each network's own output.
     assert np.any(seen[0] != seen[1])
     np.testing.assert_array_equal(seen[:2], seen[2:4])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [*((name, {}) for name in METHODS if name != "supervised"), ("cps", {"cutmix": False})],
+)
+def test_pseudo_labels_never_pass_through_dropout(name, fields):
+    """They are those of a network without any, which is otherwise the same (decisions.md 19c)."""
+    fields = {f"method__{name}__{field}": value for field, value in fields.items()}
+    fields |= {"method__pseudo_label__threshold": 0.0, "model__projection_dim": 4}
+    fields |= SMALLER.get(name, {})
+    if name in ("fixmatch", "unimatch", "unimatch_v2"):
+        fields[f"method__{name}__threshold"] = 0.0
+    if name != "csc":
+        fields["method__contrast"] = "csc"
+    labels, losses = [], []
+    for rate in (0.0, 0.9):
+        method, state = toy_method(method__name=name, dropout=rate, **fields)
+        batch = toy_batch(size=(2, *method.task.config.data.crop_size))
+        loss, outputs = jax.jit(method.base.loss)(state.trained, state, batch, jax.random.key(0))
+        labels.append(np.asarray(outputs.pixels.labels)[2:])
+        losses.append(float(loss))
+    assert len(np.unique(labels[0][labels[0] != 255])) > 1
+    np.testing.assert_array_equal(*labels)
+    # What is learnt does pass through it, but where one pass both teaches and learns.
+    both = name == "gct" or (name == "cps" and "method__cps__cutmix" in fields)
+    assert (losses[0] == losses[1]) == both
 
 
 def test_supervised_teaches_nothing():

@@ -55,7 +55,7 @@ def test_feature_maps_have_their_strides(stem, output_stride, low, middle, deep)
 @pytest.mark.parametrize(
     ("depth", "output_stride", "multi_grid", "expected"),
     [
-        # decisions.md, recipe facts: 4, 8, 16
+        # decisions.md#recipe: 4, 8, 16
         ("resnet50", 8, (2, 2, 4), {"layer3": [1, 2, 2, 2, 2, 2], "layer4": [4, 8, 16]}),
         ("resnet50", 8, (), {"layer3": [1, 2, 2, 2, 2, 2], "layer4": [2, 4, 4]}),
         ("resnet50", 16, (2, 2, 4), {"layer3": [1] * 6, "layer4": [2, 4, 8]}),

@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 import flax
@@ -158,6 +159,55 @@ def test_gradients_of_large_maps_in_bfloat16_round_once(kernel_size, monkeypatch
     for ours, exact in zip(gradient(jnp.bfloat16), gradient(jnp.float32), strict=True):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))
+
+
+# Of (2, 9, 8) pixels: kernel size, stride and dilation.
+GRADIENTS = [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2), (3, 2, 2)]
+
+
+@pytest.mark.parametrize(("size", "stride", "dilation"), GRADIENTS)
+def test_a_float32_kernel_has_float32_gradients_in_bfloat16(size, stride, dilation, monkeypatch):
+    """Its sums of integers reach 10,000, which bfloat16 would round to multiples of 64."""
+    monkeypatch.setattr(convolution, "_LARGE_MAP", 1)
+    rng = np.random.default_rng(3)
+    x = rng.integers(-99, 99, (2, 9, 8, 3))
+    kernel = rng.normal(size=(size, size, 3, 2)).astype(np.float32)
+
+    def run(x, weight):
+        function = partial(convolve.__wrapped__, stride=stride, dilation=dilation)
+        return jax.vjp(lambda kernel: function(x, kernel), kernel)[1](weight)[0]
+
+    shape = (2, -(-9 // stride), -(-8 // stride), 2)
+    weight = rng.integers(-99, 99, shape)
+    exact = run(x.astype(np.float32), weight.astype(np.float32))
+    found = run(x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, exact)
+
+
+@pytest.mark.parametrize(("size", "stride", "dilation"), GRADIENTS)
+def test_tpus_sum_the_gradient_of_a_kernel_in_float32_over_devices_too(size, stride, dilation):
+    """A sum over devices has the type of the product that it is made of."""
+    x, kernel = jnp.zeros((1, 24, 24, 48), jnp.bfloat16), jnp.zeros((size, size, 48, 24))
+
+    def loss(kernel):
+        return jnp.sum(convolve(x, kernel, stride, dilation).astype(jnp.float32))
+
+    lowered = jax.jit(jax.grad(loss)).trace(kernel).lower(lowering_platforms=("tpu",))
+    products = re.findall(r"stablehlo\.(?:convolution|dot_general).* -> (\S+)", lowered.as_text())
+    shape = f"{size}x{size}x48x24x" if size > 1 else "(?:48x24|24x48)x"
+    types = [m[1] for product in products if (m := re.match(f"tensor<{shape}(\\w+)>", product))]
+    assert types == ["f32"]
+
+
+@pytest.mark.parametrize(("size", "stride", "dilation"), GRADIENTS[2:])
+def test_the_gradient_of_a_kernel_as_a_convolution_is_that_of_jax(size, stride, dilation):
+    rng = np.random.default_rng(4)
+    x, kernel = (rng.normal(size=s).astype(np.float32) for s in [(2, 9, 8, 3), (size, size, 3, 4)])
+    out, pull_back = jax.vjp(lambda k: convolution._by_xla(x, k, stride, dilation), kernel)
+    weight = rng.normal(size=out.shape).astype(np.float32)
+    found = convolution._kernel_gradient_as_convolution(x, kernel, weight, stride, dilation)
+    np.testing.assert_allclose(found, pull_back(weight)[0], rtol=1e-5, atol=1e-5)
 
 
 def depthwise_slowly(x, kernel, stride, dilation):

@@ -1,4 +1,4 @@
-"""pyproject.toml, requirements.txt and the sources name the same packages; the wheel is whole."""
+"""pyproject.toml, pins, sources and tests name the same packages; the wheel is whole."""
 
 import ast
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -19,14 +20,19 @@ import csc_jax
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINS = [
-    Requirement(line)
-    for line in (ROOT / "requirements.txt").read_text().splitlines()
-    if not line.startswith("#")
-]
-RANGES = [
-    Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
-]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def requirements(lines: Iterable[str]) -> list[Requirement]:
+    return [Requirement(line) for line in lines if not line.startswith("#")]
+
+
+PINS = requirements((ROOT / "requirements.txt").read_text().splitlines())
+PARITY_PINS = requirements((ROOT / "requirements-parity.txt").read_text().splitlines())
+DOCS_PINS = requirements((ROOT / "requirements-docs.txt").read_text().splitlines())
+RANGES = [(wanted, PINS) for wanted in requirements(PROJECT["dependencies"] + EXTRAS["dev"])]
+RANGES += [(wanted, PARITY_PINS) for wanted in requirements(EXTRAS["parity"])]
+RANGES += [(wanted, DOCS_PINS) for wanted in requirements(EXTRAS["docs"])]
 
 
 def pinned_version(pin: Requirement) -> str:
@@ -35,10 +41,10 @@ def pinned_version(pin: Requirement) -> str:
     return specifier.version
 
 
-@pytest.mark.parametrize("wanted", RANGES, ids=lambda requirement: requirement.name)
-def test_pins_lie_in_the_declared_ranges(wanted):
+@pytest.mark.parametrize(("wanted", "pins"), RANGES, ids=lambda value: getattr(value, "name", ""))
+def test_pins_lie_in_the_declared_ranges(wanted, pins):
     name = canonicalize_name(wanted.name)
-    versions = [pinned_version(pin) for pin in PINS if canonicalize_name(pin.name) == name]
+    versions = [pinned_version(pin) for pin in pins if canonicalize_name(pin.name) == name]
     assert versions
     assert all(version in wanted.specifier for version in versions)
 
@@ -53,7 +59,7 @@ def test_exactly_one_pin_applies_here_and_is_installed():
 
 def test_every_imported_package_is_declared():
     provided_by = metadata.packages_distributions()
-    ranges = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    ranges = [PROJECT["dependencies"], *EXTRAS.values()]
     declared = {canonicalize_name(Requirement(text).name) for texts in ranges for text in texts}
     for path in (ROOT / "csc_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -68,6 +74,15 @@ def test_every_imported_package_is_declared():
                     continue
                 providers = {canonicalize_name(name) for name in provided_by.get(top, [top])}
                 assert providers & declared, f"{path} imports {top}"
+
+
+def test_make_parity_runs_what_is_skipped_without_a_package():
+    for path in (ROOT / "tests").glob("test_*.py"):
+        text = path.read_text()
+        # What the extras `plan` and `gpu` bring is tested where they are.
+        found = r"find_spec\(.(?!libtpu|jax_plugins)\w+.\) is None"
+        if re.search(rf"importorskip\(|load_torchvision\(|{found}", text):
+            assert "mark.parity" in text, path.name
 
 
 def test_version_has_one_source():

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn import metrics
 
 from csc_jax import evaluation
 from csc_jax.data import camvid, cityscapes, pascal_voc
@@ -80,7 +81,6 @@ def test_other_data_sets_get_class_ids_in_the_folders_of_their_ids(tmp_path):
     [("pascal_voc", len(pascal_voc.CLASS_NAMES)), ("camvid", len(camvid.CLASS_NAMES))],
 )
 def test_files_have_our_miou_by_the_count_of_scikit_learn(tmp_path, mesh1, dataset, classes):
-    sklearn = pytest.importorskip("sklearn.metrics", reason="needs the package scikit-learn")
     rng = np.random.default_rng(classes)
     sizes = [(37, 50), (50, 33), (41, 41), (50, 50)] if dataset == "pascal_voc" else [(36, 48)] * 4
     batches, truths = [], {}
@@ -122,10 +122,10 @@ def test_files_have_our_miou_by_the_count_of_scikit_learn(tmp_path, mesh1, datas
             found[name] = np.asarray(image)
     truth, predicted = (np.concatenate([m[n].ravel() for n in truths]) for m in (truths, found))
     truth, predicted = truth[truth != 255], predicted[truth != 255]
-    counts = sklearn.confusion_matrix(truth, predicted, labels=range(classes))
+    counts = metrics.confusion_matrix(truth, predicted, labels=range(classes))
     np.testing.assert_array_equal(scores.confusion, counts)
     occurring = range(classes - 1)
-    iou = sklearn.jaccard_score(truth, predicted, labels=occurring, average=None)
+    iou = metrics.jaccard_score(truth, predicted, labels=occurring, average=None)
     np.testing.assert_allclose(scores.iou, [*iou, np.nan])
     assert scores.miou == pytest.approx(iou.mean(), abs=1e-12)
     assert 0.3 < scores.miou < 0.9  # neither all right nor all wrong

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from benchmarks.torch_network import DeepLabV3Plus as DeepLabTorch  # noqa: E402
 from benchmarks.torch_network import ResNet as ResNetTorch  # noqa: E402
 from benchmarks.torch_network import state_arrays  # noqa: E402
+from parity_torchvision import load_torchvision  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from csc_jax import models  # noqa: E402
@@ -18,6 +19,8 @@ from csc_jax.config import default_config  # noqa: E402
 from csc_jax.models.resnet import DEPTHS, ResNet  # noqa: E402
 from csc_jax.models.weights import convert_torch_state_dict  # noqa: E402
 from csc_jax.optimizer import make_optimizer  # noqa: E402
+
+pytestmark = pytest.mark.parity
 
 
 def torch_resnet(*arguments):
@@ -91,6 +94,34 @@ def test_resnet_matches_pytorch_stage_by_stage(depth, stem, output_stride, multi
         np.testing.assert_allclose(found, expected[stage], atol=1e-5 * scale)
     for found, stage in zip(features, (0, 2, 3), strict=True):
         assert found.shape == expected[stage].shape
+
+
+def published_resnet(library, depth, output_stride):
+    torchvision = load_torchvision()  # timm imports it too
+    if library == "timm":
+        timm = pytest.importorskip("timm", reason="timm is not installed")
+        return timm.create_model(depth, output_stride=output_stride)
+    dilated = [output_stride < stride for stride in (8, 16, 32)]
+    return torchvision.models.get_model(depth, replace_stride_with_dilation=dilated)
+
+
+@pytest.mark.parametrize(
+    ("library", "depth", "output_stride"),
+    [("torchvision", "resnet18", 32), ("torchvision", "resnet50", 8), ("timm", "resnet34", 16)],
+)
+def test_resnet_matches_the_published_ones(library, depth, output_stride):
+    torch.manual_seed(0)
+    theirs = shaken(published_resnet(library, depth, output_stride)).eval()
+    ours = ResNet(depth, "7x7", 64, output_stride, multi_grid=())
+    x = image(2, 33, 41, 3)
+    expected = []
+    for stage in (theirs.layer1, theirs.layer3, theirs.layer4):
+        stage.register_forward_hook(lambda *a: expected.append(channels_last(a[2])))
+    with torch.no_grad():
+        theirs(torch.tensor(x.transpose(0, 3, 1, 2)))
+    features = jax.jit(lambda v, x: ours.apply(v, x, train=False))(to_jax(theirs, ours), x)
+    for found, values in zip(features, expected, strict=True):
+        np.testing.assert_allclose(found, values, atol=1e-5 * np.abs(values).max())
 
 
 def test_deeplab_matches_pytorch():

@@ -28,10 +28,9 @@ TEACHER_STATE = {
     "module.count": np.array(7),
     "module.parameter": np.array([4], np.float32),
 }
-has_torch = importlib.util.find_spec("torch") is not None
 
 
-@pytest.fixture(params=["with torch", "without torch"])
+@pytest.fixture(params=[pytest.param("with torch", marks=pytest.mark.parity), "without torch"])
 def reader(request, monkeypatch):
     """Both ways in which a file of `torch.save` is read."""
     find_spec = importlib.util.find_spec
@@ -40,8 +39,8 @@ def reader(request, monkeypatch):
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name)
         )
-    elif not has_torch:
-        pytest.skip("torch is not installed")
+    else:
+        pytest.importorskip("torch", reason="PyTorch is not installed")
 
 
 @pytest.mark.usefixtures("reader")
@@ -172,8 +171,11 @@ def test_a_missing_hub_library_is_named(monkeypatch):
         locate("hf:owner/repo/weights.safetensors")
 
 
+@pytest.mark.parity
 def test_hub_files_come_from_its_cache_without_a_network(tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
+    constants = pytest.importorskip(
+        "huggingface_hub.constants", reason="huggingface_hub is not installed"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"hf:owner/repo/folder/weights.*cannot be fetched"):

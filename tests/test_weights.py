@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
+from sklearn.datasets import load_sample_image
 from tiny import Harness, tiny_config
 
 from csc_jax import models, score
@@ -296,19 +297,19 @@ def efficientnet_file():
     return locate("pip:efficientnet-lite0")
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("photograph", "wanted"),
     # ImageNet's classes 698 palace (china.jpg has a temple with a tiled roof), 985 daisy
     [("china.jpg", 698), ("flower.jpg", 985)],
 )
 def test_efficientnet_names_photographs(efficientnet_file, photograph, wanted):
-    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
     state = read_weights(efficientnet_file)
     network = EfficientNetLite0(output_stride=32)
     variables = load_pretrained("pip:efficientnet-lite0", shapes_of(small("efficientnet_lite0")))
     variables = {collection: tree["backbone"] for collection, tree in variables.items()}
 
-    image = datasets.load_sample_image(photograph)
+    image = load_sample_image(photograph)
     side = min(image.shape[:2])
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
     square = image[top : top + side, left : left + side]

@@ -43,10 +43,10 @@ def toy_harness(config, devices=1, fsdp=1):
     return Harness(config, devices, fsdp, ToyNetwork(CLASSES, config.model.projection_dim, 0.1))
 
 
-def toy_method(**overrides):
+def toy_method(dropout=0.0, **overrides):
     """Returns a method on the toy network and its state before step 0; fields as in tiny_config."""
     config = config_lib.resolve(tiny_config(**overrides), steps_per_epoch=4)
-    task = Task(config, ToyNetwork(CLASSES), CLASSES, config.train.steps)
+    task = Task(config, ToyNetwork(CLASSES, dropout=dropout), CLASSES, config.train.steps)
     method = methods.build(task)
     tx = combine(method.optimizers())
     return method, compile_init(method, tx, sharding.make_mesh(1))()
@@ -63,6 +63,29 @@ def toy_batch(seed=0, size=(2, 32, 32)):
         halves[name] = {"image": image, "label": label, "inside": np.ones(size, bool)}
     halves["unlabeled"]["inside"][0, :, -8:] = False
     return jax.tree.map(jnp.asarray, halves)
+
+
+def running_statistics(method, network, *batches):
+    """Returns mean and variance that the toy network's BatchNorm has after batches of images.
+
+    Each batch moves them by a hundredth, Flax's default.
+    """
+    mean, variance = (np.asarray(network.batch_stats["bn"][name]) for name in ("mean", "var"))
+    body, data = jax.device_get(network.params["body"]), method.task.config.data
+    for images in batches:
+        normal = (np.asarray(images, np.float64) - data.mean) / data.std
+        count, height, width, _ = normal.shape
+        pooled = normal.reshape(count, height // 4, 4, width // 4, 4, 3).mean((2, 4))
+        x = pooled @ body["kernel"][0, 0].astype(np.float64) + body["bias"]
+        mean = 0.99 * mean + 0.01 * x.mean((0, 1, 2))
+        variance = 0.99 * variance + 0.01 * x.var((0, 1, 2))
+    return mean, variance
+
+
+def assert_statistics(batch_stats, expected):
+    """Compares new BatchNorm statistics of the toy network with mean and variance."""
+    for name, value in zip(("mean", "var"), expected, strict=True):
+        np.testing.assert_allclose(batch_stats["bn"][name], value, rtol=1e-4, atol=1e-6)
 
 
 def softmax(x):

@@ -17,8 +17,8 @@ from csc_jax.errors import UserError
 class Partition(NamedTuple):
     """Ids of the train split, labelled and unlabelled."""
 
-    labeled: tuple[str, ...]
-    unlabeled: tuple[str, ...]
+    labeled: tuple[str, ...]  # images whose labels are trained on
+    unlabeled: tuple[str, ...]  # images whose labels, if they have any, are not used
 
 
 def partition(config: ConfigDict, dataset: Dataset, seed: int) -> Partition:
@@ -63,7 +63,7 @@ def write_partition(lists: Partition, workdir: Path) -> None:
 
 def _draw(fraction: fractions.Fraction, source: Source, seed: int) -> Partition:
     able = [name for name in source.ids if name not in source.without_label]
-    # Rounded up: gives the published counts of both benchmarks (decisions.md, partitions).
+    # Rounded up: gives the published counts of both benchmarks (decisions.md#partitions).
     count = math.ceil(len(able) * fraction)
     order = np.random.default_rng(seed).permutation(len(able))
     chosen = {able[i] for i in order[:count]}

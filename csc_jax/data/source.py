@@ -70,6 +70,7 @@ class Dataset:
     """A prepared data set.
 
     Attributes:
+      name: as in `data.name`.
       class_names: C names; the index is the class id.
       palette: (C, 3) uint8 RGB, for drawing.
       sources: by split, "train" and "val" at least.

@@ -53,10 +53,10 @@ class LossOutputs(struct.PyTreeNode):
 class Task:
     """What every method is built from; static, no arrays."""
 
-    config: ConfigDict
+    config: ConfigDict  # of the run, every length in steps
     model: nn.Module  # DeepLabV3Plus
-    num_classes: int
-    total_steps: int
+    num_classes: int  # C
+    total_steps: int  # optimizer steps of the whole run
 
     def init_network(self, key: Array, *, projection: bool) -> Network:
         """Returns a freshly initialised network; `projection` says whether it has that head."""
@@ -75,14 +75,17 @@ class Task:
         key: Array,
         *,
         projection: bool,
+        dropout: bool = True,
         perturb: Callable[[Features], Features] | None = None,
     ) -> tuple[Outputs, Any]:
         """Runs a network in training mode on images (B, H, W, 3) on 0..255.
 
-        `perturb` changes the backbone's features, see `DeepLabV3Plus`. Returns its outputs and the
-        new BatchNorm statistics.
+        A pass that makes pseudo-labels is one without `dropout` (decisions.md 19c). `perturb`
+        changes the backbone's features, see `DeepLabV3Plus`. Returns its outputs and the new
+        BatchNorm statistics.
         """
-        outputs, updates = self.model.apply(
+        model = self.model if dropout else self.model.clone(dropout=0.0)
+        outputs, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
             self.normalize(images),
             train=True,

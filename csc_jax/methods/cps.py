@@ -7,9 +7,14 @@ labelled and unlabelled images; with it (Sec. 4, and the authors' code) over mix
 whose pseudo-labels are those of the two networks on the unmixed images, mixed alike. lambda is 1.5
 on VOC and 6 on Cityscapes in the paper (1 and 5 in the code's files for CutMix at 1/8).
 
+As in the code, labelled, unlabelled and mixed images are batches of their own, and those that make
+pseudo-labels go through the networks in training mode and without dropout.
+
 What differs: CutMix pastes one rectangle of half the image (decisions.md 23), theirs three smaller
-ones; network, schedule and supervised loss are those of every other row; what is evaluated is the
-EMA of the first network, the student, theirs is that network itself (`eval.network`).
+ones, of images from another batch, which moves BatchNorm's statistics too; with CutMix the networks
+learn under the dropout of every row, where theirs have none. Network, schedule and supervised loss
+are those of every other row; what is evaluated is the EMA of the first network, the student, theirs
+is that network itself (`eval.network`).
 """
 
 from typing import Any
@@ -37,27 +42,32 @@ class CPS(Method):
         self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
     ) -> tuple[Array, LossOutputs]:
         task, config = self.task, self.task.config.method
-        mask_key, photo_key, teach_key, learn_key = jax.random.split(key, 4)
+        mask_key, photo_key, teach_key, learn_key, labeled_key = jax.random.split(key, 5)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
-        images_l = labeled["image"].shape[0]
+        networks = {"student": state.student, "second": state.companions["second"]}
+        stats = {name: network.batch_stats for name, network in networks.items()}
 
+        # Each pass follows the statistics of the one before it, in the order of the authors' code.
         mask = None
         if config.cps.cutmix:
-            taught, _ = self._forward(state.trained, state, weak, teach_key)
+            taught, stats = self._forward(
+                state.trained, stats, weak, teach_key, dropout=False, projection=False
+            )
             mask = augment.cutmix_mask(mask_key, weak.shape[0], size, config.cutmix)
             strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
-            images = jnp.concatenate([labeled["image"].astype(jnp.float32), strong])
-            learnt, batch_stats = self._forward(params, state, images, learn_key)
-            own = {name: out.logits[images_l:] for name, out in learnt.items()}
-            inside_own = augment.mix(mask, inside)
+            learnt_u, stats = self._forward(params, stats, strong, learn_key)
+            learnt_l, stats = self._forward(params, stats, labeled["image"], labeled_key)
+            own, inside_own = learnt_u, augment.mix(mask, inside)
         else:
-            images = jnp.concatenate([labeled["image"], weak])
-            learnt, batch_stats = self._forward(params, state, images, learn_key)
-            taught = learnt
-            own = {name: out.logits for name, out in learnt.items()}
-            inside_own = jnp.concatenate([labeled["inside"], inside])
+            # One pass both teaches and learns.
+            learnt_l, stats = self._forward(
+                params, stats, labeled["image"], labeled_key, dropout=False
+            )
+            learnt_u, stats = self._forward(params, stats, weak, learn_key, dropout=False)
+            own = {name: shared.join(learnt_l[name], learnt_u[name]) for name in networks}
+            taught, inside_own = own, jnp.concatenate([labeled["inside"], inside])
 
         # Probabilities at full size, by the network that made them.
         soft = {
@@ -65,15 +75,11 @@ class CPS(Method):
             for name, out in taught.items()
         }
         loss_s, loss_u = {}, {}
-        for name, out in learnt.items():
-            loss_s[name] = task.supervised_loss(
-                out.logits[:images_l],
-                None if out.aux is None else out.aux[:images_l],
-                labeled["label"],
-            )
+        for name, out in learnt_l.items():
+            loss_s[name] = task.supervised_loss(out.logits, out.aux, labeled["label"])
             pseudo = jnp.argmax(soft[_OTHER[name]], axis=-1)
             loss_u[name] = losses.unsupervised_cross_entropy(
-                resize_aligned(own[name], size), _mix(mask, pseudo), inside_own
+                resize_aligned(own[name].logits, size), _mix(mask, pseudo), inside_own
             )
         loss_cps = loss_u["student"] + loss_u["second"]
         active = state.step >= config.supervised_only
@@ -90,26 +96,33 @@ class CPS(Method):
         if self.with_pixels:
             confident = shared.likeliest(teacher, inside, config.pseudo_label.threshold)
             labels = jnp.concatenate([labeled["label"].astype(jnp.int32), _mix(mask, confident)])
-            student = learnt["student"]
+            student = shared.join(learnt_l["student"], learnt_u["student"])
             features = shared.bank_features(task, state, student, labeled["image"], weak, mask)
             pixels = shared.pixels(student, features, labels)
-        return total, LossOutputs(batch_stats, metrics, pixels)
+        return total, LossOutputs(stats, metrics, pixels)
 
     def _forward(
-        self, params: dict[str, Any], state: TrainState, images: Array, key: Array
+        self,
+        params: dict[str, Any],
+        stats: dict[str, Any],
+        images: Array,
+        key: Array,
+        *,
+        dropout: bool = True,
+        projection: bool = True,
     ) -> tuple[dict[str, Outputs], dict[str, Any]]:
-        """Runs both networks in training mode, as the authors' code does for pseudo-labels too."""
-        networks = {"student": state.student, "second": state.companions["second"]}
-        outputs, batch_stats = {}, {}
-        for i, (name, network) in enumerate(networks.items()):
-            outputs[name], batch_stats[name] = self.task.train_forward(
+        """Runs both networks in training mode; returns outputs and new BatchNorm statistics."""
+        outputs, new = {}, {}
+        for i, name in enumerate(_OTHER):
+            outputs[name], new[name] = self.task.train_forward(
                 params[name],
-                network.batch_stats,
+                stats[name],
                 images,
                 jax.random.fold_in(key, i),
-                projection=self.with_pixels and name == "student",
+                projection=self.with_pixels and projection and name == "student",
+                dropout=dropout,
             )
-        return outputs, batch_stats
+        return outputs, new
 
     def pseudo_labels(self, key: Array, state: TrainState, images: Array) -> Array:
         logits = self.task.eval_forward(state.companions["second"], images).logits

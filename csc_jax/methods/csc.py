@@ -1,5 +1,18 @@
 """CSC: the semi-supervised baseline with the contrastive module on top (Eq. 1, Algorithm 1).
 
+Algorithm 1 line by line:
+
+    feats, predictions of both halves       `base.loss`, which hands them on as `Pixels`
+    L = L_p, or L_c once no class is empty  `contrast.bank_ready`, asked in `_contrastive_loss`
+    feats_l, feats_u = Sampling(...)        `_sample`: `contrast.take_semi_hard`
+    minimise L(feats_l), L(feats_u)         `_contrastive_loss`: `contrast.contrastive_loss`, a half
+                                            at a time; the optimizer's step is `train_step`'s
+    EMA update of the teacher               `base.update`
+    B_tmp = f_cons(B, feats_l, feats_u)     `_update_bank`: `contrast.update_memory_bank`, Eq. 8
+    accept if Separ falls                   … its strict gate, Eq. 9
+    B_tmp = f_que(B, feats_l, feats_u)      … the enqueue step
+    accept if Separ falls                   … its range gate (decisions.md 4)
+
 The module only needs the base method's `Pixels`, so it goes on top of any other method, too:
 `--config.method.name=cps --config.method.contrast=csc`. Its parts switch on one by one, as in
 Tables I to IV:
@@ -8,6 +21,12 @@ Tables I to IV:
     + memory bank        contrast.top_n=0 contrast.consistency=False contrast.enqueue_gate=off
     + TopN                                contrast.consistency=False contrast.enqueue_gate=off
     + CSCM (all of CSC)  the defaults
+
+What differs from the authors' program, where the paper says otherwise or nothing: theirs also
+enqueues the mean of each class over an image and over small regions of it; there a class of an
+image takes part only with more pixels than views, here with any; there Separ_b also follows the
+Separ of a rejected bank, here that of accepted ones alone (decisions.md 4). The teacher's mode and
+first epoch are those of decisions.md 19a and 19b.
 """
 
 from typing import Any, NamedTuple

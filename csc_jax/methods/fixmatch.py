@@ -5,9 +5,14 @@ gives it for segmentation: no EMA in the pseudo-labels, a threshold of 0.95, and
 L = (L_s + L_u) / 2, L_u averaged over all pixels. The strong view is that of the authors' code
 (`config.method.unimatch_view`), whatever the other methods of a comparison have.
 
-What differs: labelled, weak and strong images make one batch, so that BatchNorm sees them together
-(theirs: the strong view apart); an image's CutMix partner is the next one of the batch. An EMA of
-the student is kept for evaluation, as in every row.
+As in their code, labelled images and weak views make one batch in training mode, which makes the
+labels and has no dropout, and strong views one of their own.
+
+What differs: an image's CutMix partner is the next one of the batch, with the labels that it has
+there (theirs: another crop of the same image, labelled in evaluation mode); colours are not rounded
+to whole grey levels, and the blur is a Gaussian (theirs: Pillow's, three box blurs); strong views
+go through the dropout of every row, where their network has none. An EMA of the student is kept for
+evaluation, as in every row.
 """
 
 from typing import Any
@@ -30,7 +35,7 @@ class FixMatch(Method):
         self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
     ) -> tuple[Array, LossOutputs]:
         task, config = self.task, self.task.config.method
-        view_key, dropout_key = jax.random.split(key)
+        view_key, weak_key, strong_key = jax.random.split(key, 3)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
@@ -39,11 +44,15 @@ class FixMatch(Method):
         student, batch_stats = task.train_forward(
             params["student"],
             state.student.batch_stats,
-            jnp.concatenate([labeled["image"], weak, strong]),
-            dropout_key,
+            jnp.concatenate([labeled["image"], weak]),
+            weak_key,
             projection=self.with_pixels,
+            dropout=False,
         )
-        of_labeled, of_weak, of_strong = shared.split(student, labeled["image"], weak, strong)
+        of_strong, batch_stats = task.train_forward(
+            params["student"], batch_stats, strong, strong_key, projection=self.with_pixels
+        )
+        of_labeled, of_weak = shared.split(student, labeled["image"], weak)
         pseudo = shared.confident_labels(of_weak.logits, inside, config.fixmatch.threshold)
         pseudo_mixed = augment.mix(mask, pseudo)
         loss_s = task.supervised_loss(of_labeled.logits, of_labeled.aux, labeled["label"])

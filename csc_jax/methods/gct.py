@@ -11,10 +11,13 @@ betas 0.9 and 0.99, and the blurs, whose size goes with the image's.
 What differs: the detector's stride-1 layers keep the size of their input, where theirs lose a pixel
 each, so that smaller crops do (32 px make a map of one pixel, 64 px one of four); it sees the maps
 of both networks as one batch; a pixel without a label counts as no flaw in its target, 0.5 in
-theirs; padding is left out of every loss. Before `method.supervised_only` networks and detector
-learn from labels alone. Networks, schedule and supervised loss are those of every other row; what
-is evaluated is the EMA of the first network, the student, theirs is that network itself
-(`eval.network`).
+theirs; a flaw map that stays below 0.1 becomes 0, as theirs is meant to, which turns negative, its
+minimum still subtracted; maps are stretched with 1e-4 in the denominator, theirs with 1e-9, which
+would stretch the rounding errors of a constant one; padding is left out of every loss. Before
+`method.supervised_only` networks and detector learn from labels alone. Networks, schedule and
+supervised loss are those of every other row, but without dropout, as theirs: what one network
+predicts is the other's target. What is evaluated is the EMA of the first network, the student,
+theirs is that network itself (`eval.network`).
 """
 
 from typing import Any, cast
@@ -25,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from scipy.ndimage import gaussian_filter1d
 
 from csc_jax import losses
 from csc_jax.methods import shared
@@ -78,6 +82,7 @@ class GCT(Method):
                 images,
                 jax.random.fold_in(key, i),
                 projection=self.with_pixels and name == "student",
+                dropout=False,
             )
             soft[name] = jax.nn.softmax(resize_aligned(outputs[name].logits, size))
         loss_s = {
@@ -292,12 +297,14 @@ def _blur_matrix(length: int, size: int) -> np.ndarray:
     """One axis of a separable blur as a matrix (length, length), float32; each row sums to 1."""
     size += 1 - size % 2  # odd, as in the authors' code
     sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8  # theirs, and OpenCV's
+    # Their kernel is the blur of a single pixel in an image of the kernel's own size, whose tails
+    # the borders reflect.
+    weights = gaussian_filter1d(np.eye(size)[size // 2], sigma)
     offsets = np.arange(size) - size // 2
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     place = np.abs(np.arange(length)[:, None] + offsets[None])  # reflected at the first pixel
     place = np.where(place >= length, 2 * (length - 1) - place, place)
     matrix = np.zeros((length, length))
-    np.add.at(matrix, (np.arange(length)[:, None], place), weights / weights.sum())
+    np.add.at(matrix, (np.arange(length)[:, None], place), weights)
     return matrix.astype(np.float32)
 
 
@@ -305,7 +312,6 @@ def _stretch(x: Array) -> Array:
     """(B, H, W) with minimum 0 and maximum 1 in each image."""
     low = jnp.min(x, axis=(1, 2), keepdims=True)
     high = jnp.max(x, axis=(1, 2), keepdims=True)
-    # Theirs has 1e-9, which would stretch the rounding errors of a constant map.
     return (x - low) / (high - low + 1e-4)
 
 

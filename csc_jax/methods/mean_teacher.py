@@ -7,10 +7,12 @@ images; student and teacher each see a view and drop units of their own.
 
 What differs: pixels take the place of images; predictions are compared where the network makes
 them, at stride 4; views also get the photometric operations of `config.method`; optimizer, the
-decay of the EMA and all else are those of every other row (decisions.md 19). The baseline of the
+decay of the EMA and all else are those of every other row (decisions.md 19). The pseudo-labels of a
+contrastive module on top are the teacher's without dropout (decisions.md 19c). The baseline of the
 CSC paper, with pseudo-labels and CutMix, is `cutmix_mean_teacher`.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,13 +47,15 @@ class MeanTeacher(Method):
             projection=self.with_pixels,
         )
         # In training mode too: dropout is part of the teacher's noise (their Sec. 2).
-        teacher, _ = task.train_forward(
+        teach = partial(
+            task.train_forward,
             state.teacher.params,
             state.teacher.batch_stats,
             self._view(teacher_key, images),
             teacher_dropout,
             projection=False,
         )
+        teacher, _ = teach()
         loss_s = task.supervised_loss(
             student.logits[:images_l],
             None if student.aux is None else student.aux[:images_l],
@@ -71,7 +75,9 @@ class MeanTeacher(Method):
         )
         pixels = None
         if self.with_pixels:
-            confident = shared.likeliest(target, inside_u, config.pseudo_label.threshold)
+            # Up to the first dropout it is the pass above, which XLA does not compute again.
+            logits_u = teach(dropout=False)[0].logits[images_l:]
+            confident = shared.confident_labels(logits_u, inside_u, config.pseudo_label.threshold)
             labels = jnp.concatenate([labeled["label"].astype(jnp.int32), confident])
             features = shared.bank_features(
                 task, state, student, labeled["image"], unlabeled["image"]

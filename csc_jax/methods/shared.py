@@ -70,18 +70,18 @@ def confident_labels(logits: Array, inside: Array, threshold: float) -> Array:
 
 
 def strong_view(key: Array, weak: Array, config: ConfigDict) -> tuple[Array, Array]:
-    """Returns photometric changes and CutMix of weak views, and the mask of the latter.
+    """Returns the strong view of UniMatch's code, and the mask of its CutMix.
 
     Args:
       key: random key.
       weak: (B, H, W, 3) uint8.
-      config: `config.method`, or `config.method.unimatch_view`.
+      config: `config.method.unimatch_view`.
 
     Returns:
       (B, H, W, 3) float32 on 0..255, and (B, H, W) bool for `augment.mix`.
     """
     photo_key, mix_key = jax.random.split(key)
-    mask = augment.cutmix_mask(mix_key, weak.shape[0], size_of(weak), config.cutmix)
+    mask = augment.unimatch_mask(mix_key, weak.shape[0], size_of(weak), config)
     return augment.mix(mask, augment.photometric(photo_key, weak, config)), mask
 
 

@@ -10,8 +10,12 @@ anchors, 50 negatives each, temperature 0.5. L = L_s + lambda_u L_u + L_c.
 
 What differs from the paper: steps stand for epochs in the schedules; the teacher's features and
 ranks are those of evaluation mode; CutMix acts on each image with `method.cutmix` (their code: on
-half of the batches). Their code keeps a negative only where the pixel's own (pseudo-)label is the
-class that it is to be a negative of, which leaves almost none; the paper's rule is followed here.
+half of the batches). What differs from their code, where the paper is followed: a negative is any
+pixel that the ranks name, where theirs keeps one only if its own (pseudo-)label is the class that
+it is to be a negative of, which leaves almost none; the positive is the centre of the anchors,
+theirs that of all sure pixels of the class, those of a probability below 0.3 included; a class's
+anchors meet negatives of its own queue, where in theirs a class without a sure pixel in the batch
+shifts the queues of those after it by one and leaves out the last.
 """
 
 from typing import Any
@@ -21,7 +25,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from csc_jax import augment, losses
+from csc_jax import augment, losses, order_statistics
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.models import Outputs, resize_aligned
@@ -72,7 +76,9 @@ class U2PL(Method):
 
         logits = task.eval_forward(state.teacher, weak).logits
         pseudo = shared.confident_labels(logits, inside, 0.0)  # every pixel but padding
-        strong, mask = shared.strong_view(view_key, weak, config)
+        photo_key, mix_key = jax.random.split(view_key)
+        mask = augment.cutmix_mask(mix_key, weak.shape[0], size, config.cutmix)
+        strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
         pseudo_mixed = augment.mix(mask, pseudo)
         images = jnp.concatenate([labeled["image"].astype(jnp.float32), strong])
         student, batch_stats = task.train_forward(
@@ -222,7 +228,7 @@ def reliable_labels(logits: Array, labels: Array, percentile: Array) -> Array:
       percentile: () in [0, 100], of the entropy over labelled pixels.
     """
     entropy, known = entropy_of(logits), labels != losses.IGNORE
-    limit = jnp.nanpercentile(jnp.where(known, entropy, jnp.nan), percentile)
+    limit = order_statistics.percentile(entropy, known, percentile)
     return jnp.where(known & (entropy < limit), labels, losses.IGNORE)
 
 
@@ -235,8 +241,7 @@ def by_entropy(logits: Array, labels: Array, alpha: Array) -> tuple[Array, Array
       alpha: () in [0, 100].
     """
     entropy, known = entropy_of(logits), labels != losses.IGNORE
-    counted = jnp.where(known, entropy, jnp.nan)
-    low, high = (jnp.nanpercentile(counted, p) for p in (alpha, 100.0 - alpha))
+    low, high = (order_statistics.percentile(entropy, known, p) for p in (alpha, 100.0 - alpha))
     return known & (entropy <= low), known & (entropy >= high)
 
 

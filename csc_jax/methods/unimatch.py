@@ -6,9 +6,15 @@ Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic 
 2 x 0.25, the threshold of 0.95 and L = (L_s + L_u) / 2. The strong views are those of their code
 (`config.method.unimatch_view`), whatever the other methods of a comparison have.
 
-What differs: all views make one batch, so that BatchNorm sees them together (theirs: the strong
-views apart); an image's CutMix partner is the next one of the batch. An EMA of the student is kept
-for evaluation, as in every row.
+As in their code, labelled images and weak views make one batch in training mode, which makes the
+labels and has no dropout but that of the perturbed features, and strong views one of their own.
+
+What differs: an image's CutMix partner is the next one of the batch, with the labels that it has
+there (theirs: another crop of the same image, labelled in evaluation mode); colours are not rounded
+to whole grey levels, and the blur is a Gaussian (theirs: Pillow's, three box blurs); only the weak
+images' features are perturbed (theirs: the labelled images' too, which the decoder's BatchNorm
+alone sees); strong views go through the dropout of every row, where their network has none. An EMA
+of the student is kept for evaluation, as in every row.
 """
 
 from typing import Any
@@ -31,19 +37,19 @@ class UniMatch(Method):
         self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
     ) -> tuple[Array, LossOutputs]:
         task, config = self.task, self.task.config.method
-        first_key, second_key, feature_key, dropout_key = jax.random.split(key, 4)
+        first_key, second_key, feature_key, weak_key, strong_key = jax.random.split(key, 5)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
         strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_view)
         strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
-        start, end = labeled["image"].shape[0], labeled["image"].shape[0] + weak.shape[0]
+        images_l = labeled["image"].shape[0]
 
         def with_perturbed_weak(features: Features) -> Features:
             low_key, deep_key = jax.random.split(feature_key)
             rate = config.unimatch.feature_dropout
-            low = drop_channels(low_key, features.low[start:end], rate)
-            deep = drop_channels(deep_key, features.deep[start:end], rate)
+            low = drop_channels(low_key, features.low[images_l:], rate)
+            deep = drop_channels(deep_key, features.deep[images_l:], rate)
             return features._replace(
                 low=jnp.concatenate([features.low, low]),
                 deep=jnp.concatenate([features.deep, deep]),
@@ -52,14 +58,21 @@ class UniMatch(Method):
         student, batch_stats = task.train_forward(
             params["student"],
             state.student.batch_stats,
-            jnp.concatenate([labeled["image"], weak, strong1, strong2]),
-            dropout_key,
+            jnp.concatenate([labeled["image"], weak]),
+            weak_key,
             projection=self.with_pixels,
+            dropout=False,
             perturb=with_perturbed_weak,
         )
-        of_labeled, of_weak, of_strong1, of_strong2, perturbed = shared.split(
-            student, labeled["image"], weak, strong1, strong2, weak
+        strong, batch_stats = task.train_forward(
+            params["student"],
+            batch_stats,
+            jnp.concatenate([strong1, strong2]),
+            strong_key,
+            projection=self.with_pixels,
         )
+        of_labeled, of_weak, perturbed = shared.split(student, labeled["image"], weak, weak)
+        of_strong1, of_strong2 = shared.split(strong, strong1, strong2)
         pseudo = shared.confident_labels(of_weak.logits, inside, config.unimatch.threshold)
         loss_s = task.supervised_loss(of_labeled.logits, of_labeled.aux, labeled["label"])
 

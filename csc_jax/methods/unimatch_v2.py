@@ -2,13 +2,16 @@
 
 Yang, Zhao, Zhao, "UniMatch V2: Pushing the Limit of Semi-Supervised Semantic Segmentation", TPAMI
 2025: Sec. 3.3 (one stream for image and feature perturbations) and 3.4 (complementary dropout: a
-channel that one view loses is doubled in the other; half of the image pairs keep all channels),
-their code for the threshold of 0.95 and L = (L_s + (L_1 + L_2) / 2) / 2. The strong views are those
-of their code (`config.method.unimatch_view`); their EMA decay is `--config.method.ema_decay=0.996`.
+channel that one view loses is doubled in the other; half of the image pairs keep all channels,
+exactly half of each batch in their code), their code for the threshold of 0.95 and
+L = (L_s + (L_1 + L_2) / 2) / 2. The strong views are those of their code
+(`config.method.unimatch_view`); their EMA decay is `--config.method.ema_decay=0.996`.
 
 What differs: they have a DINOv2 transformer and drop channels of four of its layers; here those of
-`low` and `deep` of the backbone. Labelled and strong images make one batch; an image's CutMix
-partner is the next one of the batch (theirs: the batch in reverse order).
+`low` and `deep` of the backbone. Labelled and strong images make one batch, as their network has no
+BatchNorm that could tell; an image's CutMix partner is the next one of the batch (theirs: the batch
+in reverse order); colours are not rounded to whole grey levels, and the blur is a Gaussian (theirs:
+Pillow's, three box blurs).
 """
 
 from typing import Any
@@ -42,9 +45,7 @@ class UniMatchV2(Method):
 
         def with_fewer_channels(features: Features) -> Features:
             share_key, *keys = jax.random.split(feature_key, 3)
-            dropped = jax.random.bernoulli(
-                share_key, config.unimatch_v2.dropped, (weak.shape[0], 1, 1, 1)
-            )
+            dropped = draw_dropped(share_key, weak.shape[0], config.unimatch_v2.dropped)
 
             def drop(key: Array, x: Array) -> Array:
                 views = drop_complementary(key, x[start:middle], x[middle:], dropped)
@@ -101,6 +102,12 @@ class UniMatchV2(Method):
         config = self.task.config.method
         decay = shared.teacher_decay(state.step, config.supervised_only, config.ema_decay)
         return state.replace(teacher=update_ema(state.teacher, state.student, decay)), {}
+
+
+def draw_dropped(key: Array, images: int, share: float) -> Array:
+    """Returns which images lose channels, (B, 1, 1, 1) bool; int(B (1 - share)) do not."""
+    kept = int(images * (1 - share))
+    return (jax.random.permutation(key, images) >= kept).reshape(-1, 1, 1, 1)
 
 
 def drop_complementary(key: Array, x1: Array, x2: Array, dropped: Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""DeepLabv3+ with a projection head (decisions.md 16 and "Recipe facts of the lineage")."""
+"""DeepLabv3+ with a projection head (decisions.md 16 and decisions.md#recipe)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,17 +34,17 @@ class DeepLabV3Plus(nn.Module):
     and, with `aux_head`, `auxiliary`. Initialise with projection=True to create all of them.
     """
 
-    num_classes: int
+    num_classes: int  # C
     backbone: str = "resnet101"  # one of backbones.names()
     stem: str = "deep"  # ResNets only: deep | 7x7
     output_stride: int = 8  # 8, 16 or 32
-    projection_dim: int = 256
-    aux_head: bool = False
+    projection_dim: int = 256  # D
+    aux_head: bool = False  # on the third stage (decisions.md 21)
     width: int = 64  # ResNets only: channels of the first stage
     multi_grid: tuple[int, ...] = (2, 2, 4)  # ResNets only
     aspp_rates: tuple[int, ...] = (12, 24, 36)  # at output stride 8; see `rates_at`
-    decoder_width: int = 256
-    dropout: float = 0.1
+    decoder_width: int = 256  # channels of each ASPP branch and of the heads
+    dropout: float = 0.1  # probability, after `fuse` and in the heads
     dtype: Any = jnp.float32  # compute type; parameters and statistics are float32
     remat: bool = False  # trade time for memory: the backbone's blocks are computed twice
     # The same for the projection head: two 3x3 convolutions more, and none of its maps is there
@@ -121,7 +121,7 @@ class DeepLabV3Plus(nn.Module):
         """
         params = self.variables["params"]
         kernels = [params[name]["conv1"]["conv"]["kernel"] for name in ("classifier", "projection")]
-        kernel = jnp.concatenate(kernels, axis=-1).astype(self.dtype)
+        kernel = jnp.concatenate(kernels, axis=-1)
         classifier, project = jnp.split(convolve(fused.astype(self.dtype), kernel), 2, axis=-1)
         return classifier, project
 

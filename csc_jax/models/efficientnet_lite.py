@@ -125,14 +125,13 @@ class ConvNormRelu6(nn.Module):
         inputs = 1 if self.depthwise else x.shape[-1]
         shape = (self.kernel_size, self.kernel_size, inputs, self.features)
         kernel = parameter(self, "kernel", draw_kernel, shape)
-        kernel = kernel.astype(self.dtype)
-        x = x.astype(self.dtype)
+        narrow, x = kernel.astype(self.dtype), x.astype(self.dtype)
         if self.depthwise:
-            x = convolve_depthwise(x, kernel, self.stride, self.dilation)
+            x = convolve_depthwise(x, narrow, self.stride, self.dilation)
         elif self.kernel_size == 1:
             x = convolve(x, kernel)
         else:
             strides, numbers = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
-            x = jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=numbers)
+            x = jax.lax.conv_general_dilated(x, narrow, strides, "SAME", dimension_numbers=numbers)
         x = BatchNorm(epsilon=1e-3, dtype=self.dtype, name="bn")(x, train)
         return nn.relu6(x) if self.relu else x

@@ -108,7 +108,6 @@ class Conv(nn.Module):
         """
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = parameter(self, "kernel", draw_kernel, shape)
-        kernel = kernel.astype(self.dtype)
         bias = None
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))

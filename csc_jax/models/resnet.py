@@ -1,4 +1,4 @@
-"""ResNet-18, 34, 50 and 101 with dilated stages (decisions.md, "Recipe facts of the lineage")."""
+"""ResNet-18, 34, 50 and 101 with dilated stages (decisions.md#recipe)."""
 
 from functools import partial
 from typing import Any

@@ -1,0 +1,186 @@
+"""The reader of compiled programs against XLA's own cost analysis and programs of known content."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from csc_jax.hlo import Program
+
+CONVOLUTIONS = {
+    "plain": {},
+    "strided": {"window_strides": (2, 3)},
+    "dilated": {"rhs_dilation": (2, 4), "padding": ((2, 2), (4, 4))},
+    "transposed": {"lhs_dilation": (2, 2), "padding": ((1, 2), (2, 1))},
+    "unpadded": {"padding": ((0, 0), (0, 0))},
+    "grouped": {"feature_group_count": 4},
+}
+
+
+def convolve(x, kernel, **options):
+    options = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1))} | options
+    return jax.lax.conv_general_dilated(
+        x, kernel, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options
+    )
+
+
+def flop(program):
+    return sum(
+        execution.times * product.flops
+        for execution in program.executions
+        for product in program.products(execution)
+    )
+
+
+def compiled_on(devices, function, *arguments):
+    place = NamedSharding(devices, PartitionSpec("data"))
+    return jax.jit(function, in_shardings=place).lower(*arguments).compile()
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("gradient", ["none", "input", "kernel"])
+def test_products_of_convolutions_are_as_many_as_xla_counts(name, gradient):
+    options = CONVOLUTIONS[name]
+    x = jnp.ones((2, 9, 12, 8))
+    kernel = jnp.ones((3, 3, 8 // options.get("feature_group_count", 1), 12))
+    of_input = partial(convolve, kernel=kernel, **options)
+    of_kernel = partial(convolve, x, **options)
+    above = jnp.ones(of_input(x).shape)
+    function, argument = {
+        "none": (of_input, x),
+        "input": (lambda above: jax.vjp(of_input, x)[1](above), above),
+        "kernel": (lambda above: jax.vjp(of_kernel, kernel)[1](above), above),
+    }[gradient]
+    compiled = jax.jit(function).lower(argument).compile()
+    np.testing.assert_allclose(
+        flop(Program(compiled.as_text())), compiled.cost_analysis()["flops"], rtol=1e-3
+    )
+
+
+def test_products_of_matrices():
+    a, b = jnp.ones((5, 3, 7)), jnp.ones((5, 7, 2))
+    compiled = jax.jit(jnp.matmul).lower(a, b).compile()
+    assert flop(Program(compiled.as_text())) == 2 * 5 * 3 * 7 * 2
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_precisions_are_named(precision):
+    x = jnp.ones((2, 2))
+    compiled = jax.jit(partial(jnp.matmul, precision=precision)).lower(x, x).compile()
+    program = Program(compiled.as_text())
+    (found,) = [product for each in program.executions for product in program.products(each)]
+    assert (found.dtype, found.precision) == ("f32", precision)
+
+
+def test_exchanges_count_as_often_as_their_loop_turns(mesh4):
+    """A gather before the loop, a sum in each turn of two loops within each other."""
+
+    def each(x):
+        def inner(_, x):
+            return jax.lax.psum(jnp.sin(x), "data")
+
+        x = jax.lax.fori_loop(0, 5, lambda _, x: jax.lax.fori_loop(0, 7, inner, x), x)
+        return jax.lax.psum(jax.lax.all_gather(x, "data"), "data")
+
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    function = jax.shard_map(each, mesh=mesh4, in_specs=split, out_specs=whole, check_vma=False)
+    program = Program(compiled_on(mesh4, function, jnp.ones((8, 6))).as_text())
+    found = {c.kind + " in a loop" * c.in_loop: c for c in program.collectives()}
+    assert set(found) == {"all-reduce in a loop", "all-gather", "all-reduce"}
+    assert found["all-reduce in a loop"].times == 35
+    assert found["all-reduce in a loop"].bytes == 2 * 6 * 4
+    assert found["all-gather"].times == found["all-reduce"].times == 1
+    assert found["all-gather"].bytes == found["all-reduce"].bytes == 8 * 6 * 4
+    assert {c.devices for c in found.values()} == {4}
+    assert not program.unknown_loops
+
+
+def test_a_loop_without_a_known_length_is_named(mesh4):
+    def function(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 100.0, lambda x: x * 2, x)
+
+    text = compiled_on(mesh4, function, jnp.ones((8, 6))).as_text()
+    assert len(Program(text).unknown_loops) == 1
+
+
+def test_of_a_condition_the_dearer_branch_counts():
+    def function(flag, x):
+        return jax.lax.cond(flag, lambda x: x @ x @ x, lambda x: x + 1, x)
+
+    text = jax.jit(function).lower(True, jnp.ones((8, 8))).compile().as_text()
+    assert flop(Program(text)) == 2 * (2 * 8**3)
+
+
+# In the ways in which the compilers for GPUs and TPUs write what a CPU's has not.
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%fused_slice (p.0: f32[10,64,8], p.1: s32[]) -> f32[1,64,8] {
+  %p.0 = f32[10,64,8]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,64,8]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,64,8}
+}
+
+ENTRY %main (a: f32[2,20,20,64], k: f32[32,3,3,64], g: f32[2,10,10,32], s: f32[10,64,8], i: s32[]) -> f32[2,20,20,64] {
+  %a = f32[2,20,20,64]{3,2,1,0} parameter(0)
+  %k = f32[32,3,3,64]{3,2,1,0} parameter(1)
+  %g = f32[2,10,10,32]{3,2,1,0} parameter(2)
+  %s = f32[10,64,8]{2,1,0} parameter(3)
+  %i = s32[] parameter(4)
+  %cudnn-conv.1 = (f32[2,10,10,32]{3,2,1,0}, u8[0]{0}) custom-call(%a, %k), window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %cudnn-conv.2 = (f32[2,20,20,64]{3,2,1,0}, u8[0]{0}) custom-call(%g, %k), window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput"
+  %cudnn-conv.3 = (f32[32,3,3,64]{3,2,1,0}, u8[0]{0}) custom-call(%a, %g), window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+  %gather-start = (f32[2,10,10,32]{3,2,1,0}, f32[8,10,10,32]{3,2,1,0}) all-gather-start(%g), replica_groups=[2,4]<=[8], dimensions={0}, metadata={op_name="jit(train_step)/gather"}
+  %gather-done = f32[8,10,10,32]{3,2,1,0} all-gather-done(%gather-start)
+  %sum = (f32[64]{0:T(128)S(1)}, f32[64]{0:T(128)S(1)}) all-reduce(%v, %v), replica_groups=mesh['data'=4,'fsdp'=2] {'data','fsdp'}, to_apply=%add
+  %v = f32[64]{0:T(128)S(1)} fusion(%i), kind=kLoop, calls=%none
+  %tiled = bf16[2,161,64]{2,1,0:T(8,128)(2,1)} fusion(%v), kind=kLoop, calls=%none
+  %bare = f32[3,5] negate(%i)
+  %one = f32[1,64,8]{2,1,0} fusion(%s, %i), kind=kLoop, calls=%fused_slice
+  ROOT %out = f32[2,20,20,64]{3,2,1,0} get-tuple-element(%cudnn-conv.2), index=0
+}
+"""  # noqa: E501
+
+
+def test_what_cudnn_computes_has_the_flop_of_its_convolution():
+    program = Program(TEXT)
+    found = {
+        execution.instruction.name: product.flops
+        for execution in program.executions
+        for product in program.products(execution)
+    }
+    # Of 10 positions along an axis all but the first meet three pixels, the first two.
+    expected = 2 * 2 * 64 * 32 * (3 * 10 - 1) ** 2
+    assert found == {f"cudnn-conv.{i}": expected for i in (1, 2, 3)}
+
+
+def test_asynchronous_and_grouped_exchanges():
+    gather, total = Program(TEXT).collectives()
+    assert (gather.kind, gather.bytes, gather.devices) == ("all-gather", 8 * 10 * 10 * 32 * 4, 4)
+    assert gather.asynchronous
+    assert gather.source == "jit(train_step)/gather"
+    assert (total.kind, total.bytes, total.devices) == ("all-reduce", 2 * 64 * 4, 8)
+    assert not total.asynchronous
+
+
+def test_memory_traffic_knows_tiles_slices_and_memory_on_the_chip():
+    program = Program(TEXT)
+    moved = {e.instruction.name: program.bytes_moved(e) for e in program.executions}
+    assert moved["tiled"] == 2 * 168 * 128 * 2  # tiles of 8 x 128, factor on the chip
+    assert moved["one"] == 2 * 64 * 8 * 4 + 4  # one slice of ten read, one written, the index
+    assert moved["v"] == 4
+    assert moved["bare"] == 3 * 5 * 4 + 4
+    assert moved["out"] == moved["a"] == 0
+    assert moved["cudnn-conv.1"] == 4 * (2 * 400 * 64 + 9 * 64 * 32 + 2 * 100 * 32)
+
+
+def test_traffic_of_a_program_is_what_xla_counts():
+    """For instructions that read all of their operands: the same by XLA's own analysis."""
+    x = jnp.ones((64, 33))
+    compiled = jax.jit(lambda x: jnp.tanh(x @ x.T)).lower(x).compile()
+    program = Program(compiled.as_text())
+    moved = sum(program.bytes_moved(execution) for execution in program.executions)
+    np.testing.assert_allclose(moved, compiled.cost_analysis()["bytes accessed"], rtol=0.02)
