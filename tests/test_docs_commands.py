@@ -22,7 +22,7 @@ from csc_jax import command_help, main
 from csc_jax import config as config_lib
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FIELDS = set(config_lib.flatten(config_lib.default_config()))
 SECTIONS = {field.rpartition(".")[0] for field in FIELDS}
 
