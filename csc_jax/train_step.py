@@ -159,9 +159,16 @@ def compile_step(
       mesh: devices to compile for.
       state: shardings, as of `abstract_state`, or a state itself.
     """
+
+    def on_mesh(seed: Array, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # In force while the step is traced: what splits its work asks for the mesh, and what is
+        # made for one kind of device asks which.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return train_step(method, tx, seed, state, batch)
+
     places = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
-        partial(train_step, method, tx),
+        on_mesh,
         in_shardings=(replicated(mesh), places, batch_sharding(mesh)),
         out_shardings=(places, replicated(mesh)),
         donate_argnums=1,

@@ -81,10 +81,10 @@ def own_log() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=["cpu", "gpu"])
-def loops_of(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a module's tests twice: with the loops of the paper's module for a CPU and for a GPU."""
+def platform(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a module's tests twice: the paper's module traced for a CPU and for a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("csc_jax.contrast.loops.on_gpu", lambda: request.param == "gpu")
+        patch.setattr("csc_jax.contrast.devices.platform", lambda: request.param)
         jax.clear_caches()  # or what was traced for the one device would be taken for the other
         yield request.param
     jax.clear_caches()

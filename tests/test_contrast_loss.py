@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from csc_jax import contrast
-from csc_jax.contrast import loops, streaming
+from csc_jax.contrast import devices, streaming
 
 KEY = jax.random.key(0)
-pytestmark = pytest.mark.usefixtures("loops_of")
+pytestmark = pytest.mark.usefixtures("platform")
 LOSSES = {
     "mean_batch": (False, None),
     "mean_bank": (True, None),
@@ -238,7 +238,7 @@ def test_bad_arguments_fail_at_trace_time(arguments, message):
 
 
 @pytest.mark.parametrize("top_n", [None, 1, 2])
-def test_only_a_cpu_gets_loops(loops_of, monkeypatch, top_n):
+def test_only_a_cpu_gets_loops(platform, monkeypatch, top_n):
     """A GPU would ask the host after each turn, and before each `cond` around a loop."""
     monkeypatch.setattr(streaming, "_BLOCK_KEYS", 8)
     queries, labels = jnp.ones((16, 4)), jnp.arange(16) % 3
@@ -249,14 +249,14 @@ def test_only_a_cpu_gets_loops(loops_of, monkeypatch, top_n):
         )
 
     program = jax.jit(jax.value_and_grad(loss)).lower(queries).as_text()
-    assert ("stablehlo.while" in program) == (loops_of == "cpu")
+    assert ("stablehlo.while" in program) == (platform == "cpu")
 
 
 def test_products_on_tensor_cores(monkeypatch):
     a, b = (jax.random.normal(jax.random.key(i), (8, 8)) for i in range(2))
     expected = np.float64(a) @ np.float64(b)
     for tensor_cores in (False, True):
-        monkeypatch.setattr(loops, "has_tf32", lambda on=tensor_cores: on)
+        monkeypatch.setattr(devices, "has_tf32", lambda on=tensor_cores: on)
         traced = jax.jit(lambda a, b: streaming.matmul(a, b)).trace(a, b)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert ("tf32" in program) == tensor_cores
@@ -267,7 +267,7 @@ def test_products_on_tensor_cores(monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "expected"), [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)]
 )
-def test_which_gpus_have_tensor_cores_for_float32(loops_of, monkeypatch, capability, expected):
+def test_which_gpus_have_tensor_cores_for_float32(platform, monkeypatch, capability, expected):
     device = types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert loops.has_tf32() == (expected and loops_of == "gpu")
+    assert devices.has_tf32() == (expected and platform == "gpu")

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from csc_jax import contrast
 
 KEY = jax.random.key(0)
-pytestmark = pytest.mark.usefixtures("loops_of")
 
 
 @settings(max_examples=40)

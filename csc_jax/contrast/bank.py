@@ -1,14 +1,14 @@
 """The class-wise memory bank: its state, the consistency step (Eq. 8) and the enqueue step."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from csc_jax.contrast import loops
-from csc_jax.contrast.normalize import normalize
+from csc_jax.contrast import devices
+from csc_jax.contrast.normalize import inverse_length, normalize
 
 
 class MemoryBank(NamedTuple):
@@ -57,29 +57,20 @@ def bank_ready(bank: MemoryBank, *, min_fill: int = 1, absent: tuple[int, ...] =
 
 
 class Change(NamedTuple):
-    """What a step would do to a bank, class by class; one of two that a gate decides between.
+    """What a step would do to a bank: a gate must know its sums before the bank may change.
 
-    A gate must know the candidate's class means before the bank may change. Seen class by class
-    they need the memory of one class, where a candidate beside the bank needs that of a bank.
+    So nothing of the size of a bank is ever held beside it.
     """
 
-    entries: Callable[[Array, Any], Array]  # ((S, D), data of one class) -> (S, D)
-    data: Any  # pytree of arrays with C as their first axis
+    entries: Callable[[Array], Array]  # (C, S, D) -> (C, S, D)
+    sums: Array  # (C, D) float32, of each class's entries afterwards
     count: Array  # type: ignore[assignment]  # (C,) int32, afterwards; see MemoryBank
     cursor: Array  # (C,) int32, afterwards
 
 
 def apply_change(bank: MemoryBank, change: Change) -> MemoryBank:
     """Returns the bank after a change; in place where the compiler may reuse the bank's buffer."""
-
-    def one_class(c: Array, features: Array) -> Array:
-        entries, data = jax.tree.map(lambda x: x[c], (features, change.data))
-        return features.at[c].set(change.entries(entries, data))
-
-    if loops.all_at_once((bank.features, change.data)):
-        features = jax.vmap(change.entries)(bank.features, change.data)
-    else:  # in place
-        features = jax.lax.fori_loop(0, bank.features.shape[0], one_class, bank.features)
+    features = change.entries(bank.features)
     return bank._replace(features=features, count=change.count, cursor=change.cursor)
 
 
@@ -107,7 +98,7 @@ def consistency_change(
     bank: MemoryBank, queries: Array, labels: Array, valid: Array, *, class_mean: str
 ) -> Change:
     """Returns what `consistency_step` does."""
-    num_classes, size, _ = bank.features.shape
+    num_classes = bank.features.shape[0]
     _check_sampled(bank, queries, labels, valid)
     if class_mean not in ("per_image", "pooled"):
         raise ValueError(f"class_mean must be 'per_image' or 'pooled', got {class_mean!r}")
@@ -125,14 +116,20 @@ def consistency_change(
         mean = jnp.sum(sums, axis=0) / jnp.maximum(total, 1.0)[:, None]
     fill = bank.count.astype(jnp.float32)
     alpha = fill / jnp.maximum(fill + total, 1.0)  # (C,), Eq. 8c
-    last = jnp.where(total > 0, bank.count, 0)  # (C,), entries that move
+    mean, alpha, total = devices.on_every_device((mean, alpha, total))
+    # Eq. 8b: an entry becomes old_share x itself + mean_share x the mean, (C, S) each.
+    moves = bank.occupied & (total > 0)[:, None]
+    mean = jnp.where((total > 0)[:, None], mean, 0.0)
+    blended = alpha[:, None, None] * bank.features + (1.0 - alpha)[:, None, None] * mean[:, None]
+    scale = inverse_length(blended)
+    old_share = jnp.where(moves, alpha[:, None] * scale, 1.0)
+    mean_share = jnp.where(moves, (1.0 - alpha)[:, None] * scale, 0.0)
 
-    def entries(old: Array, data: tuple[Array, Array, Array]) -> Array:
-        mean, alpha, last = data  # (D,), (), ()
-        blended = normalize(alpha * old + (1.0 - alpha) * mean[None, :])  # Eq. 8b
-        return jnp.where(jnp.arange(size)[:, None] < last, blended, old)
+    def entries(old: Array) -> Array:
+        return old_share[..., None] * old + mean_share[..., None] * mean[:, None]
 
-    return Change(entries, (mean, alpha, last), bank.count, bank.cursor)
+    sums = _weighted_sums(old_share, bank.features) + jnp.sum(mean_share, 1, keepdims=True) * mean
+    return Change(entries, sums, bank.count, bank.cursor)
 
 
 def enqueue(bank: MemoryBank, features: Array, valid: Array) -> MemoryBank:
@@ -160,21 +157,31 @@ def enqueue_change(bank: MemoryBank, features: Array, valid: Array) -> Change:
     if valid.shape != features.shape[:3]:
         raise ValueError(f"valid must be {features.shape[:3]}, got {valid.shape}")
     images, _, per_image, _ = features.shape
+    features, valid = devices.on_every_device((features, valid))
     new = normalize(features).transpose(1, 0, 2, 3).reshape(num_classes, images * per_image, dim)
     keep = valid.transpose(1, 0, 2).reshape(num_classes, images * per_image)
     rank = jnp.cumsum(keep, axis=1, dtype=jnp.int32) - 1  # (C, B*K), order among the valid ones
-    total = rank[:, -1:] + 1  # (C, 1)
+    added = rank[:, -1] + 1  # (C,)
     # A scatter with two writers of one slot has no defined winner: drop those that would be
     # overwritten within this very call.
-    keep &= rank >= total - size
+    keep &= rank >= added[:, None] - size
     slot = jnp.where(keep, (bank.cursor[:, None] + rank) % size, size)  # `size` is out of bounds
 
-    def entries(old: Array, data: tuple[Array, Array]) -> Array:
-        slot, new = data  # (B*K,), (B*K, D)
-        return old.at[slot].set(new, mode="drop")
+    classes = jnp.arange(num_classes)[:, None]
+    stays = jnp.ones((num_classes, size)).at[classes, slot].set(0.0, mode="drop")
+    sums = _weighted_sums(stays, bank.features)
+    sums += jnp.sum(jnp.where(keep[..., None], new, 0.0), axis=1)
 
-    count = jnp.minimum(bank.count + total[:, 0], size)
-    return Change(entries, (slot, new), count, (bank.cursor + total[:, 0]) % size)
+    def entries(old: Array) -> Array:
+        return old.at[classes, slot].set(new, mode="drop")
+
+    count = jnp.minimum(bank.count + added, size)
+    return Change(entries, sums, count, (bank.cursor + added) % size)
+
+
+def _weighted_sums(weights: Array, features: Array) -> Array:
+    """Returns the sums of weight (C, S) x feature (C, S, D), (C, D)."""
+    return jnp.einsum("cs,csd->cd", weights, features, precision=jax.lax.Precision.HIGHEST)
 
 
 def _check_sampled(bank: MemoryBank, queries: Array, labels: Array, valid: Array) -> None:

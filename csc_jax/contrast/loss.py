@@ -5,7 +5,11 @@ over the negatives and, where a gradient is wanted, for its gradient in the same
 attention does with its values. The gradient is therefore computed together with the loss, and the
 backward pass only scales it. Second derivatives and forward mode are not available.
 
-Shapes are named as in `streaming.py`.
+On a mesh each device has its share of the queries and meets all keys, which it is sent once. So is
+what the gradient by a key takes of the queries that it is a key of, a few numbers each, so that no
+gradient has to be sent back.
+
+Shapes are named as in `streaming.py`; n are the queries of one device.
 """
 
 import functools
@@ -14,8 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
-from csc_jax.contrast import loops
+from csc_jax.contrast import devices
 from csc_jax.contrast.bank import MemoryBank
 from csc_jax.contrast.streaming import (
     NONE,
@@ -99,25 +104,52 @@ def _value_and_gradient(
     *,
     want_gradient: bool,
 ) -> tuple[Array, Array]:
-    """Returns the loss, () float32, and its gradient, (n, D) float32, zeros if not wanted."""
+    """Returns the loss, () float32, and its gradient, float32, zeros if not wanted.
+
+    `queries` and gradient are those of all devices.
+    """
+    peers = devices.Peers(devices.axes())
+    share = functools.partial(_share, temperature, top_n, peers, want_gradient)
+    if not peers.axes:
+        return share(queries, labels, bank)
+    total = queries.shape[0]
+    missing = -total % jax.sharding.get_abstract_mesh().size
+    queries = jnp.pad(queries, ((0, missing), (0, 0)))
+    labels = jnp.pad(labels, (0, missing), constant_values=-1)
+    rows, whole = PartitionSpec(peers.axes), PartitionSpec()
+    value, gradient = jax.shard_map(
+        share, in_specs=(rows, rows, whole), out_specs=(whole, rows), check_vma=False
+    )(queries, labels, bank)
+    return value, gradient[:total]
+
+
+def _share(
+    temperature: float,
+    top_n: int | None,
+    peers: devices.Peers,
+    want_gradient: bool,
+    queries: Array,
+    labels: Array,
+    bank: MemoryBank | None,
+) -> tuple[Array, Array]:
+    """Returns the loss of all queries and the gradient of those of this device, (n, D)."""
     n = queries.shape[0]
-    batch = Queries(queries / temperature, labels, jnp.arange(n, dtype=jnp.int32))
-    own = Keys(queries, labels, jnp.zeros((), jnp.int32))
-    stored = None if bank is None else flat_bank(bank)
+    places = peers.first(n) + jnp.arange(n, dtype=jnp.int32)
+    batch = Queries(queries / temperature, labels, places)
+    own = Keys(peers.gather(queries), peers.gather(labels), jnp.zeros((), jnp.int32))
+    in_batch, nearest = _mini_batch(batch, own, top_n or 0)
+    negatives = _negatives(batch, in_batch, bank, want_gradient)
+    log_sum = negatives.log_sum
     if top_n is None:
-        negatives = _negatives(batch, own, stored, want_gradient)
-        log_sum = negatives.log_sum
         positives = _all_positives(batch, own, bank, log_sum, want_gradient)
     else:
-        negatives, nearest = _negatives_and_nearest(batch, own, bank, top_n, want_gradient)
-        log_sum = negatives.log_sum
-        positives = _nearest_positives(batch, bank, log_sum, nearest)
+        positives = _nearest_positives(batch, own, bank, log_sum, nearest)
     counted = (labels >= 0) & (positives.number > 0)
     # (n,): one over (queries that count x positives of this one); float32, as the product of two
     # counts may be beyond int32.
-    terms = positives.number.astype(jnp.float32) * jnp.sum(counted)
+    terms = positives.number.astype(jnp.float32) * peers.sum(jnp.sum(counted))
     weight = jnp.where(counted, 1.0, 0.0) / jnp.maximum(terms, 1.0)
-    value = jnp.sum(weight * positives.loss)
+    value = peers.sum(jnp.sum(weight * positives.loss))
     if not want_gradient:
         return value, jnp.zeros_like(queries)
 
@@ -135,7 +167,8 @@ def _value_and_gradient(
 
     sigma, scale = rows.sigma[:, None], rows.scale[:, None]
     from_bank = scale * (sigma * negatives.bank_mean - positives.bank_sum)
-    return value, fold(add_mini_batch, from_bank, own._replace(extra=rows), n)
+    own = own._replace(extra=jax.tree.map(peers.gather, rows))
+    return value, fold(add_mini_batch, from_bank, own, n)
 
 
 class _Row(NamedTuple):
@@ -176,6 +209,24 @@ class _Negatives(NamedTuple):
 
 
 _LogSum = tuple[Array, Array, Array]  # (n,) peak, (n,) total, (n, D or 0) sum: a running softmax
+_Nearest = tuple[Array, Array]  # similarity, descending, and place among all keys, (n, N) each
+
+
+def _mini_batch(batch: Queries, own: Keys, top_n: int) -> tuple[_LogSum, _Nearest]:
+    """Returns what the mini-batch has of the negatives, and its `top_n` most similar positives."""
+    n = batch.labels.shape[0]
+    # The sum is of the bank's keys alone: no width yet.
+    log_sum = jnp.full((n,), NONE), jnp.zeros((n,)), jnp.zeros((n, 0))
+    nearest = jnp.full((n, top_n), NONE), jnp.full((n, top_n), -1, jnp.int32)
+
+    def add(both: tuple[_LogSum, _Nearest], keys: Keys) -> tuple[_LogSum, _Nearest]:
+        log_sum, nearest = both
+        if top_n:
+            similarity, chosen = batch.similarity(keys), batch.other_positive(keys)
+            nearest = _add_nearest(nearest, similarity, keys.places, chosen)
+        return _add_negatives(batch, log_sum, keys), nearest
+
+    return fold(add, (log_sum, nearest), own, n)
 
 
 def _add_negatives(batch: Queries, log_sum: _LogSum, keys: Keys) -> _LogSum:
@@ -191,27 +242,26 @@ def _add_negatives(batch: Queries, log_sum: _LogSum, keys: Keys) -> _LogSum:
     return new_peak, total, mean
 
 
-def _all_negatives(log_sum: _LogSum) -> _Negatives:
+def _add_nearest(nearest: _Nearest, similarity: Array, places: Array, chosen: Array) -> _Nearest:
+    """Keeps the N most similar of those so far and the `chosen` of a block."""
+    top_n = nearest[0].shape[1]
+    candidates = jnp.where(chosen, similarity, NONE)
+    new = top(candidates, jnp.broadcast_to(places[None, :], candidates.shape), top_n)
+    values, places = (jnp.concatenate(pair, axis=1) for pair in zip(nearest, new, strict=True))
+    return top(values, places, top_n)
+
+
+def _negatives(
+    batch: Queries, log_sum: _LogSum, bank: MemoryBank | None, want_gradient: bool
+) -> _Negatives:
+    """Adds those of the bank to those of the mini-batch."""
+    n, dim = batch.scaled.shape
+    log_sum = *log_sum[:2], jnp.zeros((n, dim if want_gradient else 0))
+    if bank is not None:
+        log_sum = fold(functools.partial(_add_negatives, batch), log_sum, flat_bank(bank), n)
     peak, total, mean = log_sum
     floor = jnp.where(total > 0, total, 1.0)
     return _Negatives(jnp.where(total > 0, peak + jnp.log(floor), NONE), mean / floor[:, None])
-
-
-def _mini_batch_negatives(batch: Queries, own: Keys, want_gradient: bool) -> _LogSum:
-    """Those of the mini-batch; the sum is of keys in the bank alone, so still zero."""
-    n, dim = batch.scaled.shape
-    none = jnp.full((n,), NONE), jnp.zeros((n,)), jnp.zeros((n, 0))
-    peak, total, _ = fold(functools.partial(_add_negatives, batch), none, own, n)
-    return peak, total, jnp.zeros((n, dim if want_gradient else 0))
-
-
-def _negatives(batch: Queries, own: Keys, stored: Keys | None, want_gradient: bool) -> _Negatives:
-    """Streams all keys by, those of the mini-batch first."""
-    log_sum = _mini_batch_negatives(batch, own, want_gradient)
-    if stored is not None:
-        add = functools.partial(_add_negatives, batch)
-        log_sum = fold(add, log_sum, stored, batch.labels.shape[0])
-    return _all_negatives(log_sum)
 
 
 class _Positives(NamedTuple):
@@ -262,71 +312,30 @@ def _all_positives(
     return _Positives(*sums)
 
 
-_Nearest = tuple[Array, Array]  # similarity, descending, and place among all keys, (n, N) each
-
-
-def _no_nearest(n: int, top_n: int) -> _Nearest:
-    return jnp.full((n, top_n), NONE), jnp.full((n, top_n), -1, jnp.int32)
-
-
-def _add_nearest(nearest: _Nearest, similarity: Array, places: Array, chosen: Array) -> _Nearest:
-    """Keeps the N most similar of those so far and the `chosen` of a block."""
-    top_n = nearest[0].shape[1]
-    candidates = jnp.where(chosen, similarity, NONE)
-    new = top(candidates, jnp.broadcast_to(places[None, :], candidates.shape), top_n)
-    values, places = (jnp.concatenate(pair, axis=1) for pair in zip(nearest, new, strict=True))
-    return top(values, places, top_n)
-
-
-def _negatives_and_nearest(
-    batch: Queries, own: Keys, bank: MemoryBank | None, top_n: int, want_gradient: bool
-) -> tuple[_Negatives, _Nearest]:
-    """Returns the negatives and the `top_n` most similar positives (Eq. 6b).
-
-    In one sweep where `fold_own_class` would be one over all keys as well.
-    """
-    n = batch.labels.shape[0]
-
-    def add_mini_batch(nearest: _Nearest, keys: Keys) -> _Nearest:
-        chosen = batch.other_positive(keys)
-        return _add_nearest(nearest, batch.similarity(keys), keys.places, chosen)
+def _nearest_positives(
+    batch: Queries, own: Keys, bank: MemoryBank | None, log_sum: Array, nearest: _Nearest
+) -> _Positives:
+    """The N most similar ones are selected (Eq. 6b); `nearest` are those of the mini-batch."""
+    in_batch = own.labels.shape[0]  # the bank's places follow those of the mini-batch
 
     def add_bank(nearest: _Nearest, rows: Queries, keys: Keys) -> _Nearest:
-        # The bank's places follow those of the mini-batch.
-        chosen = rows.positive(keys)
-        return _add_nearest(nearest, rows.similarity(keys), n + keys.places, chosen)
+        similarity, chosen = rows.similarity(keys), rows.positive(keys)
+        return _add_nearest(nearest, similarity, in_batch + keys.places, chosen)
 
-    nearest = fold(add_mini_batch, _no_nearest(n, top_n), own, n)
-    if bank is None or not loops.on_gpu():
-        stored = None if bank is None else flat_bank(bank)
-        negatives = _negatives(batch, own, stored, want_gradient)
-        if bank is not None:
-            nearest = fold_own_class(add_bank, nearest, batch, bank)
-        return negatives, nearest
-
-    def add_both(both: tuple[_LogSum, _Nearest], keys: Keys) -> tuple[_LogSum, _Nearest]:
-        return _add_negatives(batch, both[0], keys), add_bank(both[1], batch, keys)
-
-    log_sum = _mini_batch_negatives(batch, own, want_gradient)
-    log_sum, nearest = fold(add_both, (log_sum, nearest), flat_bank(bank), n)
-    return _all_negatives(log_sum), nearest
-
-
-def _nearest_positives(
-    batch: Queries, bank: MemoryBank | None, log_sum: Array, nearest: _Nearest
-) -> _Positives:
-    """The nearest ones are selected (Eq. 6b)."""
-    n, top_n = nearest[0].shape
+    if bank is not None:
+        nearest = fold_own_class(add_bank, nearest, batch, bank)
     similarity, places = nearest
     selected = similarity > NONE / 2
     loss, sigma = _terms(similarity, log_sum, selected)
     bank_sum = jnp.zeros_like(batch.scaled)
     if bank is not None:
-        features, in_bank = flat_bank(bank).features, selected & (places >= n)
-        share, entry = jnp.where(in_bank, sigma, 0.0), jnp.where(in_bank, places - n, 0)
+        features, stored = flat_bank(bank).features, selected & (places >= in_batch)
+        share, entry = jnp.where(stored, sigma, 0.0), jnp.where(stored, places - in_batch, 0)
         # One of the N at a time: (n, D) at once, not (n, N, D).
-        bank_sum = loops.repeat(
-            top_n, lambda i, total: total + share[:, i, None] * features[entry[:, i]], bank_sum
+        bank_sum = devices.repeat(
+            places.shape[1],
+            lambda i, total: total + share[:, i, None] * features[entry[:, i]],
+            bank_sum,
         )
     return _Positives(
         number=jnp.sum(selected, axis=1, dtype=jnp.int32),

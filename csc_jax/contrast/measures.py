@@ -1,45 +1,35 @@
 """The paper's two measures: Separ of the bank (Eq. 9) and Cons of an image's features (Eq. 7)."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from csc_jax.contrast import loops
-from csc_jax.contrast.bank import Change, MemoryBank
+from csc_jax.contrast.bank import MemoryBank
 from csc_jax.contrast.normalize import normalize
 
 
-def class_means(bank: MemoryBank, change: Change | None = None) -> Array:
-    """Returns (C, D) float32, the normalised mean entry of each class (Eq. 9b); zero when empty.
-
-    Args:
-      bank: the bank.
-      change: where given, the means are those of the bank after it, in the memory of one class.
-    """
-    count = bank.count if change is None else change.count
-
-    def mean(one: tuple[Array, Array, Any]) -> Array:
-        entries, count, data = one  # (S, D), (), of one class
-        if change is not None:
-            entries = change.entries(entries, data)
-        occupied = jnp.arange(entries.shape[0]) < count
-        total = jnp.sum(jnp.where(occupied[:, None], entries, 0.0), axis=0)
-        return normalize(total / jnp.maximum(count, 1).astype(jnp.float32))
-
-    data = () if change is None else change.data
-    means: Array = loops.each_class(mean, (bank.features, count, data))
-    return means
+def class_means(bank: MemoryBank) -> Array:
+    """Returns (C, D) float32, the normalised mean entry of each class (Eq. 9b); zero when empty."""
+    return normalize(class_sums(bank))
 
 
-def separation(bank: MemoryBank, change: Change | None = None) -> Array:
+def class_sums(bank: MemoryBank) -> Array:
+    """Returns the sum of each class's entries, (C, D) float32."""
+    return jnp.sum(bank.features, axis=1)  # free ones are zero
+
+
+def separation(bank: MemoryBank) -> Array:
     """Returns Separ (Eq. 9a), () float32 in [0, 2 C^2 - C]; smaller means better separated.
 
     The sum runs over all pairs of the Gram matrix, the diagonal included, and V = C(C-1)
-    (decisions.md 3). For `change` see `class_means`.
+    (decisions.md 3).
     """
-    means = class_means(bank, change)
+    return separation_of(class_sums(bank))
+
+
+def separation_of(sums: Array) -> Array:
+    """Returns Separ of a bank whose `class_sums` are given, (C, D)."""
+    means = normalize(sums)  # a mean has the direction of its sum
     # Sum of a Gram matrix = squared length of the sum of its vectors: C x D work, not C x C x D.
     total = jnp.sum(means, axis=0)
     num_classes = means.shape[0]

@@ -12,7 +12,12 @@ def normalize(x: Array, epsilon: float = 1e-12) -> Array:
     would give it a gradient of 1 / epsilon, which plain SGD does not survive.
     """
     x = x.astype(jnp.float32)
-    squared = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * inverse_length(x, epsilon)[..., None]
+
+
+def inverse_length(x: Array, epsilon: float = 1e-12) -> Array:
+    """Returns what `normalize` multiplies `x` (..., D) float32 by, (...)."""
+    squared = jnp.sum(x * x, axis=-1)
     long = squared > epsilon**2
     scale = jax.lax.rsqrt(jnp.where(long, squared, 1.0))  # finite where it is not used
-    return x * jnp.where(long, scale, 0.0)
+    return jnp.where(long, scale, 0.0)

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from csc_jax.contrast import loops
-
 
 class Samples(NamedTuple):
     """Pixels drawn from one image, `views` slots per class; a pytree."""
@@ -51,7 +49,7 @@ def order_by_class(key: Array, labels: Array, predictions: Array, num_classes: i
     ordered, pixels = jax.lax.sort((group << (32 - bits) | random, pixels), num_keys=1)
     first = jnp.arange(2 * num_classes + 1, dtype=jnp.uint32) << (32 - bits)
     # Comparing with all needs no loop.
-    offset = jnp.searchsorted(ordered, first, method="compare_all" if loops.on_gpu() else "scan")
+    offset = jnp.searchsorted(ordered, first, method="compare_all")
     return ClassOrder(pixels, offset.astype(jnp.int32))
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from csc_jax.contrast import loops
+from csc_jax.contrast import devices
 from csc_jax.contrast.bank import MemoryBank
 
 # Stands for "no such key" in a maximum or a log-sum-exp: finite, so that no inf - inf arises.
@@ -24,7 +24,7 @@ NONE = -1e30
 _BLOCK_ELEMENTS = 2**21
 _BLOCK_ELEMENTS_GPU = 2**23
 _BLOCK_KEYS = 4096  # with few queries a block would grow beyond its use
-_TILE = 256  # queries that go through the bank class by class together
+_TILE = 256  # queries of a class that meet its entries together
 
 
 class Keys(NamedTuple):
@@ -95,7 +95,7 @@ def flat_bank(bank: MemoryBank) -> Keys:
 
 
 def _block_elements() -> int:
-    return _BLOCK_ELEMENTS_GPU if loops.on_gpu() else _BLOCK_ELEMENTS
+    return _BLOCK_ELEMENTS_GPU if devices.platform() == "gpu" else _BLOCK_ELEMENTS
 
 
 def fold(step: Callable[[Any, Keys], Any], carry: Any, keys: Keys, rows: int) -> Any:
@@ -119,7 +119,7 @@ def fold(step: Callable[[Any, Keys], Any], carry: Any, keys: Keys, rows: int) ->
         return step(carry, Keys(features, labels, keys.start + start, extra)), keys
 
     # The keys as well, so that no block is read before its turn.
-    return loops.repeat(blocks, body, (carry, keys))[0]
+    return devices.repeat(blocks, body, (carry, keys))[0]
 
 
 def fold_own_class(
@@ -127,13 +127,11 @@ def fold_own_class(
 ) -> Any:
     """Runs `carry = step(carry, rows, keys)` for each query over its own class of the bank alone.
 
-    The queries are sorted by class, so that a tile of them spans few classes: n x S work instead of
-    n x C x S. Invalid ones come last and are left out. How many classes a tile spans is not known
-    to the compiler, so that a GPU would have to ask the host: it takes the n x C x S.
+    Tiles of queries of one class meet that class: n x S work in place of n x C x S, and how many
+    tiles there may be is known to the compiler. Invalid queries are left out.
 
     Args:
-      step: takes a tile of `carry` and `rows` and one class of the bank; it meets rows of other
-        classes too and must leave their carry as it is.
+      step: takes a tile of `carry` and `rows` and one class of the bank.
       carry: pytree of (n, …) arrays.
       rows: pytree of (n, …) arrays, the first of them a Queries.
       bank: the bank.
@@ -141,39 +139,31 @@ def fold_own_class(
     num_classes, size, _ = bank.features.shape
     labels = jax.tree.leaves(rows, is_leaf=lambda x: isinstance(x, Queries))[0].labels
     n = labels.shape[0]
-    if loops.on_gpu():
-        return fold(lambda carry, keys: step(carry, rows, keys), carry, flat_bank(bank), n)
-    tile = min(n, max(1, _block_elements() // size), _TILE)
-    order = jnp.argsort(jnp.where(labels >= 0, labels, num_classes))
-    # Filled up to whole tiles with invalid rows.
-    order = jnp.pad(order, (0, -n % tile))
-    filling = jnp.arange(order.shape[0]) >= n
-    sorted_labels = jnp.where(filling, -1, labels[order])
-    carry, rows = jax.tree.map(lambda x: x[order], (carry, rows))
+    tile = min(-(-n // num_classes), max(1, _block_elements() // size), _TILE)
+    most = n // tile + num_classes  # tiles: the last of a class may not be full
+    turns = -(-most // max(1, _block_elements() // (tile * size)))
+    together = -(-most // turns)  # tiles of a turn
 
-    def visit(t: Array, everything: Any) -> Any:
-        def take(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, t * tile, tile)
+    order = jnp.argsort(labels)
+    begin = jnp.searchsorted(labels[order], jnp.arange(num_classes + 1), method="compare_all")
+    count = jnp.diff(begin)  # (C,)
+    tiles = -(-count // tile)
+    end = jnp.cumsum(tiles)  # (C,), tiles of a class and all before it
 
-        mine, ids = jax.tree.map(take, rows), take(sorted_labels)
+    def visit(i: Array, carry: Any) -> Any:
+        t = i * together + jnp.arange(together)
+        c = jnp.searchsorted(end, t, side="right", method="compare_all")
+        c = jnp.minimum(c, num_classes - 1)  # behind the last tile the last class has none left
+        place = ((t - (end - tiles)[c]) * tile)[:, None] + jnp.arange(tile)[None, :]
+        query = order[jnp.minimum(begin[c][:, None] + place, n - 1)]  # (tiles of a turn, tile)
+        entries = jnp.where(bank.occupied[c], c[:, None], -1)
+        keys = Keys(bank.features[c], entries, c * size)
+        part, mine = jax.tree.map(lambda x: x[query], (carry, rows))
+        part = jax.vmap(step)(part, mine, keys)
+        target = jnp.where(place < count[c][:, None], query, n)  # n = nowhere
+        return jax.tree.map(lambda x, y: x.at[target].set(y, mode="drop"), carry, part)
 
-        def visit_class(c: Array, part: Any) -> Any:
-            entries = jnp.where(bank.occupied[c], c, -1)
-            return step(part, mine, Keys(bank.features[c], entries, c * size))
-
-        part = jax.lax.fori_loop(
-            ids[0], jnp.max(ids) + 1, visit_class, jax.tree.map(take, everything)
-        )
-        return jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, t * tile, axis=0),
-            everything,
-            part,
-        )
-
-    tiles = -(-jnp.sum(labels >= 0, dtype=jnp.int32) // tile)
-    carry = jax.lax.fori_loop(0, tiles, visit, carry)
-    place = jnp.argsort(order[:n])  # of a query among the sorted ones
-    return jax.tree.map(lambda x: x[place], carry)
+    return devices.repeat(turns, visit, carry)
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -182,7 +172,7 @@ def matmul(a: Array, b: Array) -> Array:
     Tensor cores take three products of rounded factors for that, which differ in the last bits.
     """
     full = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    if not loops.has_tf32():
+    if not devices.has_tf32():
         return full(a, b)
     thrice = functools.partial(jnp.matmul, precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3)
     product: Array = jax.lax.platform_dependent(a, b, cuda=thrice, default=full)

@@ -12,7 +12,7 @@ from csc_jax.contrast.bank import (
     consistency_change,
     enqueue_change,
 )
-from csc_jax.contrast.measures import separation
+from csc_jax.contrast.measures import separation, separation_of
 
 GATE_MODES = ("strict", "range", "off")
 
@@ -121,7 +121,7 @@ def _change(
     Returns:
       The bank in force, its Separ, and () bool whether the gate accepted.
     """
-    after = separation(bank, change)
+    after = separation_of(change.sums)
     accepted = asked & _accepts(mode, before, after, bank.best_separation + margin)
     best = jnp.where(accepted, jnp.minimum(bank.best_separation, after), bank.best_separation)
     done = accepted | ungated

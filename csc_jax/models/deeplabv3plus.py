@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from csc_jax.contrast import devices
 from csc_jax.models.backbones import low_size, make_backbone
 from csc_jax.models.convolution import convolve
 from csc_jax.models.layers import Conv, ConvNorm, Features
@@ -111,7 +112,7 @@ class DeepLabV3Plus(nn.Module):
 
     def _remat_projection(self) -> bool:
         if self.remat_projection is None:
-            return jax.default_backend() != "cpu"
+            return devices.platform() != "cpu"
         return self.remat_projection
 
     def _first_convolutions(self, fused: jax.Array) -> tuple[jax.Array, jax.Array]:
