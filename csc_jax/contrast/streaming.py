@@ -17,12 +17,13 @@ from csc_jax.contrast.bank import MemoryBank
 
 # Stands for "no such key" in a maximum or a log-sum-exp: finite, so that no inf - inf arises.
 NONE = -1e30
-# Elements of the largest temporary. 8 MB on a CPU: small beside any feature map, large enough that
-# matrix products keep their speed. A GPU spends its time on starting kernels then: with 32 MB loss
-# and gradient took 9.7 ms in place of 13.0 on an H100, as loops (19 x 2,000 entries of width 256,
-# 4,864 queries). For a TPU the compiler takes 19 s of a CPU with 2 MB and 52 with 8 (4 v5e chips,
-# 7,600 queries).
-_BLOCK_ELEMENTS = {"cpu": 2**21, "gpu": 2**23, "tpu": 2**19}
+# Elements of the largest temporary. 8 MB, on a CPU and what is not named here: small beside any
+# feature map, large enough that matrix products keep their speed. A GPU spends its time on starting
+# kernels then: with 32 MB loss and gradient took 9.7 ms in place of 13.0 on an H100, as loops (19 x
+# 2,000 entries of width 256, 4,864 queries). For a TPU the compiler takes 19 s of a CPU with 2 MB
+# and 52 with 8 (4 v5e chips, 7,600 queries).
+_BLOCK_ELEMENTS = 2**21
+_BLOCK_ELEMENTS_OF = {"gpu": 2**23, "tpu": 2**19}
 _BLOCK_KEYS = 4096  # with few queries a block would grow beyond its use
 _TILE = 256  # queries of a class that meet its entries together
 
@@ -94,10 +95,14 @@ def flat_bank(bank: MemoryBank) -> Keys:
     return Keys(bank.features.reshape(-1, dim), labels, jnp.zeros((), jnp.int32))
 
 
+def _block_elements() -> int:
+    return _BLOCK_ELEMENTS_OF.get(devices.platform(), _BLOCK_ELEMENTS)
+
+
 def fold(step: Callable[[Any, Keys], Any], carry: Any, keys: Keys, rows: int) -> Any:
     """Runs `carry = step(carry, block)` over blocks of keys, sized for `rows` (n) queries."""
     total = keys.labels.shape[0]
-    largest = max(1, min(total, _BLOCK_KEYS, _BLOCK_ELEMENTS[devices.platform()] // rows))
+    largest = max(1, min(total, _BLOCK_KEYS, _block_elements() // rows))
     blocks = -(-total // largest)
     size = -(-total // blocks)  # blocks alike, so that the last one repeats next to nothing
 
@@ -135,7 +140,7 @@ def fold_own_class(
     num_classes, size, _ = bank.features.shape
     labels = jax.tree.leaves(rows, is_leaf=lambda x: isinstance(x, Queries))[0].labels
     n = labels.shape[0]
-    elements = _BLOCK_ELEMENTS[devices.platform()]
+    elements = _block_elements()
     tile = min(-(-n // num_classes), max(1, elements // size), _TILE)
     most = n // tile + num_classes  # tiles: the last of a class may not be full
     turns = -(-most // max(1, elements // (tile * size)))
