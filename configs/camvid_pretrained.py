@@ -6,7 +6,8 @@ Command:    pip install -e '.[efficientnet]'
 Hardware:   1 CPU core
 Run time:   6 to 7 minutes (supervised), 13 to 18 (cutmix_mean_teacher), 14 to 19 (csc)
 Expected:   teacher mIoU on val after 1,500 steps, seeds 0 to 7: supervised 47.1 +- 2.7,
-            cutmix_mean_teacher 48.7 +- 2.1, csc 49.4 +- 0.7 (docs/results.md)
+            cutmix_mean_teacher 48.7 +- 2.1, csc 49.4 +- 0.7, the last two before version 0.2.0
+            (docs/results.md)
 """
 
 import runpy
