@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import csc_jax
 from csc_jax import config as config_lib
-from csc_jax import config_files
+from csc_jax.config import files as config_files
 
 EXAMPLES = {  # of each --mode
     "train": "--config=synthetic --workdir=W",

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from csc_jax.order_statistics import kth_smallest
+from csc_jax.parallel.order_statistics import kth_smallest
 
 IGNORE = 255  # label of a pixel that counts in no loss and no score (lineage)
 

@@ -32,8 +32,10 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from csc_jax import command_help, config_checks, config_files, stored_config
+from csc_jax import command_help, stored_config
 from csc_jax import config as config_lib
+from csc_jax.config import checks as config_checks
+from csc_jax.config import files as config_files
 from csc_jax.errors import Diverged, Interrupted, UserError
 
 # What imports JAX, which takes a second, is imported where a run begins: help and errors of the
@@ -112,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    from csc_jax import distributed
+    from csc_jax.parallel import distributed
 
     exit_status = 0
     try:
@@ -160,11 +162,11 @@ def dispatch(config: ConfigDict) -> None:
     """Does what the parsed flags say."""
     import jax
 
-    from csc_jax import distributed
-    from csc_jax.plan import plan
-    from csc_jax.predict import predict_folder
-    from csc_jax.score import load, score
-    from csc_jax.train import train
+    from csc_jax.evaluation.predict import predict_folder
+    from csc_jax.evaluation.score import load, score
+    from csc_jax.parallel import distributed
+    from csc_jax.planning.plan import plan
+    from csc_jax.training.loop import train
 
     if _MODE.value == "plan":
         plan(

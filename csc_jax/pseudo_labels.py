@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from csc_jax import order_statistics
 from csc_jax.losses import IGNORE, valid_pixels
+from csc_jax.parallel import order_statistics
 
 MODES = ("adaptive", "entropy", "confidence")
 

@@ -16,9 +16,10 @@ sys.path.insert(0, str(ROOT / "configs"))
 
 import synthetic  # noqa: E402 - the config file beside this folder
 
-from csc_jax import main, writers  # noqa: E402
+from csc_jax import main  # noqa: E402
 from csc_jax.errors import Interrupted, UserError  # noqa: E402
-from csc_jax.train import train  # noqa: E402
+from csc_jax.reporting import writers  # noqa: E402
+from csc_jax.training.loop import train  # noqa: E402
 
 METHODS = ("supervised", "csc")
 _INTRODUCTION = """\

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from csc_jax import score, stored_config
+from csc_jax import stored_config
 from csc_jax.errors import UserError
+from csc_jax.evaluation import score
 from csc_jax.models.weights import to_torch_state_dict
 
 

@@ -18,13 +18,13 @@ from ml_collections import ConfigDict
 
 from csc_jax import command_help, main
 from csc_jax import config as config_lib
-from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
-from csc_jax.experiment import build, load_data
 from csc_jax.models.weight_files import STUDENT, TEACHER, locate, read_weights
 from csc_jax.models.weights import convert_torch_state_dict, drop_absent_heads
 from csc_jax.state import Network
-from csc_jax.train import describe
+from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.experiment import build, load_data
+from csc_jax.training.loop import describe
 
 log = logging.getLogger("csc_jax")
 

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from csc_jax import contrast, data, score, stored_config, visualize, writers
+from csc_jax import contrast, data, stored_config
 from csc_jax.errors import UserError
-from csc_jax.experiment import Experiment
+from csc_jax.evaluation import score
+from csc_jax.reporting import visualize, writers
 from csc_jax.state import TrainState
+from csc_jax.training.experiment import Experiment
 
 
 def run() -> int:

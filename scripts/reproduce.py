@@ -187,7 +187,7 @@ def _result(run: Run) -> dict[str, Any]:
       "miou" and "classes", in percent, at the last step, of the network that the config evaluates;
       "minutes" of the steps alone, at the median rate, None if no rate was written; "command".
     """
-    from csc_jax.writers import read_metrics
+    from csc_jax.reporting.writers import read_metrics
 
     config = json.loads((run.workdir / "config.json").read_text())
     metrics = read_metrics(run.workdir)

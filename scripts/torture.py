@@ -25,9 +25,9 @@ import jax
 import numpy as np
 
 from csc_jax import config as config_lib
-from csc_jax import writers
-from csc_jax.checkpoint import Checkpointer
-from csc_jax.experiment import build
+from csc_jax.reporting import writers
+from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.experiment import build
 
 ROOT = Path(__file__).resolve().parents[1]
 # Small, and with intervals that have no common multiple: a restart meets half-full averages.

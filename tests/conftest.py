@@ -93,7 +93,7 @@ def platform(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def mesh1() -> jax.sharding.Mesh:
     """A mesh of one device."""
-    from csc_jax import sharding
+    from csc_jax.parallel import sharding
 
     return sharding.make_mesh(1)
 
@@ -101,7 +101,7 @@ def mesh1() -> jax.sharding.Mesh:
 @pytest.fixture(scope="session")
 def mesh4() -> jax.sharding.Mesh:
     """A mesh of four devices."""
-    from csc_jax import sharding
+    from csc_jax.parallel import sharding
 
     return sharding.make_mesh(4)
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from csc_jax import background
-from csc_jax.background import in_background, wait_for
+from csc_jax.training import background
+from csc_jax.training.background import in_background, wait_for
 
 
 def test_who_waits_long_hears_what_for_and_since_when(monkeypatch, caplog):

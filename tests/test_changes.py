@@ -2,9 +2,10 @@
 
 import pytest
 
-from csc_jax import __version__, config_checks
+from csc_jax import __version__
 from csc_jax import config as config_lib
-from csc_jax.changes import CHANGES
+from csc_jax.config import checks as config_checks
+from csc_jax.config.changes import CHANGES
 from csc_jax.errors import UserError
 
 NEW_FIELDS = ("contrast.halves", "method.unsupervised_mean")

@@ -17,7 +17,8 @@ from PIL import Image
 from tiny import tiny_config
 
 from csc_jax import config as config_lib
-from csc_jax import config_checks, data, main, methods, models
+from csc_jax import data, main, methods, models
+from csc_jax.config import checks as config_checks
 from csc_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]

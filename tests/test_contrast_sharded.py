@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from csc_jax import contrast, sharding
-from csc_jax.hlo import Program
+from csc_jax import contrast
+from csc_jax.parallel import sharding
+from csc_jax.planning.hlo import Program
 
 # Or a CPU's compiler takes out of a loop what other compilers leave in it.
 AS_WRITTEN = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}

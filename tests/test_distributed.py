@@ -15,12 +15,14 @@ import pytest
 from toy_network import ToyNetwork
 
 from csc_jax import config as config_lib
-from csc_jax import distributed, models, writers
-from csc_jax.checkpoint import Checkpointer
+from csc_jax import models
 from csc_jax.errors import UserError
-from csc_jax.experiment import build
-from csc_jax.lock import lock
-from csc_jax.train import train
+from csc_jax.parallel import distributed
+from csc_jax.reporting import writers
+from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.experiment import build
+from csc_jax.training.lock import lock
+from csc_jax.training.loop import train
 
 TESTS = Path(__file__).parent
 
@@ -29,7 +31,8 @@ TESTS = Path(__file__).parent
 RUN = f"""
 import os, signal, sys
 sys.path.insert(0, {str(TESTS)!r})
-from csc_jax import interrupt, main, models
+from csc_jax import main, models
+from csc_jax.training import interrupt
 from toy_network import ToyNetwork
 
 models.build = lambda config, num_classes, aux_head: ToyNetwork(num_classes)

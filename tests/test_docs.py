@@ -17,7 +17,8 @@ from tiny import CLASSES, Harness, tiny_config
 from toy_network import toy_method
 
 from csc_jax import config as config_lib
-from csc_jax import contrast, experiment, methods
+from csc_jax import contrast, methods
+from csc_jax.training import experiment
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "use_in_your_code.md").read_text()

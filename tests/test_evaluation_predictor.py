@@ -10,9 +10,10 @@ from tiny import tiny_config
 from toy_network import ToyNetwork
 
 from csc_jax import config as config_lib
-from csc_jax import evaluation, experiment, models
+from csc_jax import evaluation, models
 from csc_jax.errors import UserError
 from csc_jax.evaluation.predictor import pad_to_multiple, window_starts
+from csc_jax.training import experiment
 
 FILL = (120, 110, 100)
 

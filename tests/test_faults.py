@@ -20,12 +20,13 @@ from tiny import tiny_config
 from trees import camvid_tree
 
 from csc_jax import config as config_lib
-from csc_jax import data, writers
-from csc_jax.checkpoint import Checkpointer
+from csc_jax import data
 from csc_jax.data.source import Unreadable
 from csc_jax.errors import UserError
-from csc_jax.experiment import Experiment, build
-from csc_jax.train import train
+from csc_jax.reporting import writers
+from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.experiment import Experiment, build
+from csc_jax.training.loop import train
 
 USUAL_USER = 65534  # "nobody"
 
@@ -135,9 +136,9 @@ ON_A_DISK_THAT_FILLS_UP = """
 import resource, sys
 from pathlib import Path
 from test_faults import supervised
-from csc_jax.checkpoint import Checkpointer
+from csc_jax.training.checkpoint import Checkpointer
 from csc_jax.errors import UserError
-from csc_jax.train import train
+from csc_jax.training.loop import train
 
 save = Checkpointer.save
 

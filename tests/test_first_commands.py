@@ -14,8 +14,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 import csc_jax
-from csc_jax import command_help, config_files, main
+from csc_jax import command_help, main
 from csc_jax import config as config_lib
+from csc_jax.config import files as config_files
 from csc_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]

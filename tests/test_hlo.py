@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from csc_jax.hlo import Program
+from csc_jax.planning.hlo import Program
 
 CONVOLUTIONS = {
     "plain": {},

@@ -18,14 +18,16 @@ import pytest
 from tiny import tiny_config
 from toy_network import toy_harness
 
-from csc_jax import __version__, config_checks, data, losses, writers
+from csc_jax import __version__, data, losses
 from csc_jax import config as config_lib
-from csc_jax.checkpoint import Checkpointer
+from csc_jax.config import checks as config_checks
 from csc_jax.errors import Diverged, Interrupted, UserError
-from csc_jax.experiment import build
-from csc_jax.interrupt import StopRequest
-from csc_jax.lock import lock
-from csc_jax.train import train
+from csc_jax.reporting import writers
+from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.experiment import build
+from csc_jax.training.interrupt import StopRequest
+from csc_jax.training.lock import lock
+from csc_jax.training.loop import train
 
 TORTURE = Path(__file__).parents[1] / "scripts" / "torture.py"
 

@@ -10,11 +10,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import Harness, tiny_config
 
-from csc_jax import kept_step as module
-from csc_jax import train_step
 from csc_jax.data import abstract_batch
-from csc_jax.kept_step import KeptStep, kept_step
-from csc_jax.train import train
+from csc_jax.training import kept_step as module
+from csc_jax.training import step as train_step
+from csc_jax.training.kept_step import KeptStep, kept_step
+from csc_jax.training.loop import train
 
 
 @pytest.fixture

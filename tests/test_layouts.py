@@ -11,9 +11,9 @@ from PIL import Image
 from tiny import BACKBONE
 
 from csc_jax import data
+from csc_jax.evaluation.score import score
 from csc_jax.evaluation.submission import CITYSCAPES_LABEL_IDS, voc_palette
-from csc_jax.score import score
-from csc_jax.train import train
+from csc_jax.training.loop import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TREES = {

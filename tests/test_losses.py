@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csc_jax import augment, losses, sharding
+from csc_jax import augment, losses
 from csc_jax.config import default_config
+from csc_jax.parallel import sharding
 from csc_jax.pseudo_labels import keep_rate, pseudo_labels, update_class_confidence
 
 

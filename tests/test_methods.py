@@ -11,11 +11,11 @@ from tiny import Harness, tiny_config
 from toy_network import toy_batch, toy_harness, toy_method
 
 from csc_jax import methods
-from csc_jax.checkpoint import Checkpointer
 from csc_jax.errors import UserError
 from csc_jax.methods import gct
 from csc_jax.models.resize import resize_aligned
-from csc_jax.train_step import init_state
+from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.step import init_state
 
 METHODS = methods.available()
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csc_jax import losses, sharding
-from csc_jax.hlo import Program
-from csc_jax.order_statistics import kth_smallest, percentile
+from csc_jax import losses
+from csc_jax.parallel import sharding
+from csc_jax.parallel.order_statistics import kth_smallest, percentile
+from csc_jax.planning.hlo import Program
 
 RNG = np.random.default_rng(0)
 VALUES = {

@@ -12,9 +12,11 @@ import pytest
 from tiny import tiny_config
 from toy_network import ToyNetwork
 
-from csc_jax import chips, experiment, models, plan
+from csc_jax import models
 from csc_jax.errors import UserError
-from csc_jax.hlo import Collective, Product, Program
+from csc_jax.planning import chips, plan
+from csc_jax.planning.hlo import Collective, Product, Program
+from csc_jax.training import experiment
 
 H100 = chips.GPUS["h100"]
 

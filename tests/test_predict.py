@@ -14,9 +14,9 @@ from tiny import tiny_config
 from csc_jax import config as config_lib
 from csc_jax import evaluation
 from csc_jax.errors import UserError
-from csc_jax.experiment import build
-from csc_jax.predict import predict_folder
+from csc_jax.evaluation.predict import predict_folder
 from csc_jax.state import Network
+from csc_jax.training.experiment import build
 
 PALETTE = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
 NAMES = ("red", "green", "blue")

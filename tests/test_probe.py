@@ -10,9 +10,9 @@ from csc_jax import config as config_lib
 from csc_jax import data
 from csc_jax.data import Source
 from csc_jax.evaluation import Scores
-from csc_jax.experiment import build
-from csc_jax.probe import Probe, _centre_crops
-from csc_jax.train import _draw
+from csc_jax.reporting.probe import Probe, _centre_crops
+from csc_jax.training.experiment import build
+from csc_jax.training.loop import _draw
 
 PALETTE = np.zeros((7, 3), np.uint8)
 
@@ -64,11 +64,12 @@ def test_pictures_name_method_data_and_seed(tmp_path, monkeypatch):
     built = experiment(tmp_path, method__name="unimatch", method__contrast="csc", seed=3)
     drawn = {}
     monkeypatch.setattr(
-        "csc_jax.visualize.save_panel",
+        "csc_jax.reporting.visualize.save_panel",
         lambda path, panel, palette, names, title, hatched: drawn.update({title: hatched}),
     )
     monkeypatch.setattr(
-        "csc_jax.visualize.save_curves", lambda path, records, title: drawn.update({title: ""})
+        "csc_jax.reporting.visualize.save_curves",
+        lambda path, records, title: drawn.update({title: ""}),
     )
     confusion = np.zeros((7, 7), np.int64)
     confusion[0, 0], confusion[1, 0] = 1, 3  # IoU 1/4 and 0

@@ -10,7 +10,7 @@ import pytest
 
 from csc_jax.config import default_config
 from csc_jax.errors import Diverged
-from csc_jax.recorder import open_recorder
+from csc_jax.reporting.recorder import open_recorder
 
 NAN = float("nan")
 IMAGES = {"labelled": ["a"], "unlabelled": ["b"]}

@@ -13,12 +13,13 @@ from PIL import Image
 from tiny import tiny_config
 
 from csc_jax import config as config_lib
-from csc_jax import config_checks, data
-from csc_jax.checkpoint import Checkpointer
+from csc_jax import data
+from csc_jax.config import checks as config_checks
 from csc_jax.errors import UserError
-from csc_jax.experiment import build
-from csc_jax.score import score
-from csc_jax.train import describe
+from csc_jax.evaluation.score import score
+from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.experiment import build
+from csc_jax.training.loop import describe
 
 STEP = 0
 
@@ -94,7 +95,7 @@ def test_panels_show_the_worst_and_the_best_images(run, scored, monkeypatch):
         assert hatched == "ignored or correct"
         assert title.endswith(" images of val: supervised on synthetic, seed 0, student at step 0")
 
-    monkeypatch.setattr("csc_jax.visualize.save_panel", spy)
+    monkeypatch.setattr("csc_jax.reporting.visualize.save_panel", spy)
     score(changed(config, panels=2), workdir, "latest")
     ascending = sorted(scores.per_image, key=lambda name: (scores.per_image[name], name))
     source = dataset.source("val")
@@ -133,7 +134,7 @@ def test_flips_have_a_report_of_their_own(run, scored):
 
 def test_what_cannot_be_done_is_said_before_the_network_is_restored(run, tmp_path, monkeypatch):
     config, workdir, _ = run
-    monkeypatch.setattr("csc_jax.score.load", lambda *_: pytest.fail("restored"))
+    monkeypatch.setattr("csc_jax.evaluation.score.load", lambda *_: pytest.fail("restored"))
     with pytest.raises(UserError, match=r"--save_predictions wants whole images.*center_crop"):
         score(changed(config, mode="center_crop"), workdir, "latest", tmp_path / "out")
     (tmp_path / "file").write_text("")
@@ -181,7 +182,7 @@ def test_fields_out_of_range_are_named(fields, message):
 
 
 def test_an_image_without_labels_is_neither_best_nor_worst():
-    from csc_jax.score import _Extremes
+    from csc_jax.evaluation.score import _Extremes
 
     extremes = _Extremes(2)
     for name, miou in {"a": 0.5, "b": math.nan, "c": 0.1, "d": 0.9, "e": 0.5}.items():

@@ -14,12 +14,13 @@ import pytest
 from tiny import tiny_config
 
 from csc_jax import config as config_lib
-from csc_jax import data, writers
-from csc_jax.checkpoint import Checkpointer
+from csc_jax import data
 from csc_jax.errors import UserError
-from csc_jax.experiment import build
-from csc_jax.score import load, score
-from csc_jax.train import train
+from csc_jax.evaluation.score import load, score
+from csc_jax.reporting import writers
+from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.experiment import build
+from csc_jax.training.loop import train
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

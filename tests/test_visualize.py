@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from csc_jax import visualize
+from csc_jax.reporting import visualize
 
 PALETTE = np.array([[128, 64, 128], [0, 130, 180], [220, 20, 60]], np.uint8)
 NAMES = ("road", "sky", "person")

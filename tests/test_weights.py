@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_sample_image
 from tiny import Harness, tiny_config
 
-from csc_jax import models, score
+from csc_jax import models
 from csc_jax.errors import UserError
-from csc_jax.experiment import build
+from csc_jax.evaluation import score
 from csc_jax.models.efficientnet_lite import EfficientNetLite0
 from csc_jax.models.weight_files import locate, read_weights
 from csc_jax.models.weights import (
@@ -26,7 +26,8 @@ from csc_jax.models.weights import (
     overlay,
     to_torch_state_dict,
 )
-from csc_jax.train_step import compile_init
+from csc_jax.training.experiment import build
+from csc_jax.training.step import compile_init
 
 GOLDEN = Path(__file__).parent / "golden" / "network"
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -12,7 +12,7 @@ from tensorboardX import record_writer
 from tensorboardX.proto.event_pb2 import Event
 
 from csc_jax.errors import UserError
-from csc_jax.writers import MetricWriter, Progress, read_metrics
+from csc_jax.reporting.writers import MetricWriter, Progress, read_metrics
 
 
 def read_events(workdir):
@@ -170,7 +170,7 @@ VALUES = {
 
 def test_plain_lines_show_step_losses_miou_speed_and_time_left(capsys, monkeypatch):
     clock = iter([100.0, 150.0, 160.0])  # start, compiled and 10 steps, 10 steps
-    monkeypatch.setattr("csc_jax.writers.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("csc_jax.reporting.writers.time.perf_counter", lambda: next(clock))
     progress = Progress(total=600, start=100)
     progress.update(110, VALUES)
     progress.evaluated(110, 0.432)

@@ -8,10 +8,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax import config_checks, methods, models, sharding
+from csc_jax import methods, models
+from csc_jax.config import checks as config_checks
 from csc_jax.models.resnet import DEPTHS, BasicBlock
 from csc_jax.optimizer import combine
-from csc_jax.train_step import abstract_state, compile_init, compile_step
+from csc_jax.parallel import sharding
+from csc_jax.training.step import abstract_state, compile_init, compile_step
 
 CLASSES = 4
 BACKBONE = "resnet10"

@@ -7,11 +7,12 @@ import numpy as np
 from tiny import CLASSES, Harness, tiny_config
 
 from csc_jax import config as config_lib
-from csc_jax import methods, sharding
+from csc_jax import methods
 from csc_jax.methods.base import Task
 from csc_jax.models import Features, Outputs
 from csc_jax.optimizer import combine
-from csc_jax.train_step import compile_init
+from csc_jax.parallel import sharding
+from csc_jax.training.step import compile_init
 
 
 class ToyNetwork(nn.Module):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csc_jax.sharding import fetch, place_whole
+from csc_jax.parallel.sharding import fetch, place_whole
 
 
 def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:

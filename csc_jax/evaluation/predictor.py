@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from csc_jax.errors import UserError
-from csc_jax.sharding import batch_sharding, place_whole
+from csc_jax.parallel.sharding import batch_sharding, place_whole
 
 log = logging.getLogger("csc_jax")
 

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from csc_jax import augment, losses, order_statistics
+from csc_jax import augment, losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.models import Outputs, resize_aligned
+from csc_jax.parallel import order_statistics
 from csc_jax.state import TrainState, update_ema
 
 _NEVER = 1e-10  # added to a probability before its logarithm (their code)

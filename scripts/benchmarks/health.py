@@ -13,13 +13,14 @@ import optax
 
 from benchmarks.step import build, random_batch
 from benchmarks.timing import Candidate, machine, table, take_turns
-from csc_jax import sharding, train
-from csc_jax.checkpoint import Checkpointer
-from csc_jax.experiment import Experiment
 from csc_jax.methods.base import Batch
 from csc_jax.optimizer import learning_rate_schedule
+from csc_jax.parallel import sharding
 from csc_jax.state import TrainState
-from csc_jax.train_step import train_step
+from csc_jax.training import loop as train
+from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.experiment import Experiment
+from csc_jax.training.step import train_step
 
 GOAL = 0.02  # of the time of a step
 

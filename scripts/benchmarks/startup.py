@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from benchmarks.timing import machine
-from csc_jax import writers
+from csc_jax.reporting import writers
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 600.0  # seconds after which a run is given up

@@ -12,8 +12,10 @@ from ml_collections import ConfigDict
 
 from benchmarks.timing import Candidate, in_a_row, machine, side_by_side, table, take_turns
 from csc_jax import config as config_lib
-from csc_jax import config_checks, experiment, sharding
-from csc_jax.train_step import compile_step
+from csc_jax.config import checks as config_checks
+from csc_jax.parallel import sharding
+from csc_jax.training import experiment
+from csc_jax.training.step import compile_step
 
 
 def run() -> None:

@@ -11,21 +11,24 @@ from ml_collections import ConfigDict
 
 import csc_jax
 from csc_jax import config as config_lib
-from csc_jax import config_checks, data, distributed, visualize
-from csc_jax.background import in_background
-from csc_jax.checkpoint import Checkpointer, Restored
+from csc_jax import data
+from csc_jax.config import checks as config_checks
 from csc_jax.errors import Interrupted, UserError
 from csc_jax.evaluation import Scores
-from csc_jax.experiment import Experiment, build, load_data
-from csc_jax.interrupt import EvaluationStopped, StopRequest
-from csc_jax.kept_step import kept_step
-from csc_jax.lock import lock
-from csc_jax.probe import PSEUDO_LABEL, Probe
-from csc_jax.recorder import Recorder, open_recorder
-from csc_jax.sharding import shard_batch
+from csc_jax.parallel import distributed
+from csc_jax.parallel.sharding import shard_batch
+from csc_jax.reporting import visualize
+from csc_jax.reporting.probe import PSEUDO_LABEL, Probe
+from csc_jax.reporting.recorder import Recorder, open_recorder
+from csc_jax.reporting.writers import read_metrics
 from csc_jax.state import TrainState
-from csc_jax.train_step import Step, compile_ahead, compile_step
-from csc_jax.writers import read_metrics
+from csc_jax.training.background import in_background
+from csc_jax.training.checkpoint import Checkpointer, Restored
+from csc_jax.training.experiment import Experiment, build, load_data
+from csc_jax.training.interrupt import EvaluationStopped, StopRequest
+from csc_jax.training.kept_step import kept_step
+from csc_jax.training.lock import lock
+from csc_jax.training.step import Step, compile_ahead, compile_step
 
 log = logging.getLogger("csc_jax")
 

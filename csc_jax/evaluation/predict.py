@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from csc_jax import data, evaluation, visualize
+from csc_jax import data, evaluation
 from csc_jax.data import codec
 from csc_jax.errors import UserError
+from csc_jax.reporting import visualize
 
 log = logging.getLogger("csc_jax")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import cv2
 import numpy as np
 
-from csc_jax.writers import bank_was_ready
+from csc_jax.reporting.writers import bank_was_ready
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

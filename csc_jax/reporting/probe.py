@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from csc_jax import contrast, data
-from csc_jax.experiment import Experiment
-from csc_jax.sharding import replicated
+from csc_jax.parallel.sharding import replicated
 from csc_jax.state import Network, TrainState
+from csc_jax.training.experiment import Experiment
 
 PSEUDO_LABEL = "pseudo-label, hatched where M = 0"  # header of its column
 

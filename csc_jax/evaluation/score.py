@@ -10,12 +10,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax import config_checks, data, distributed, evaluation, visualize
-from csc_jax.checkpoint import Checkpointer
+from csc_jax import data, evaluation
+from csc_jax.config import checks as config_checks
 from csc_jax.errors import UserError
 from csc_jax.evaluation import Scores
-from csc_jax.experiment import Experiment, build
+from csc_jax.parallel import distributed
+from csc_jax.reporting import visualize
 from csc_jax.state import Network, TrainState
+from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.experiment import Experiment, build
 
 log = logging.getLogger("csc_jax")
 

@@ -13,13 +13,13 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from csc_jax.background import in_background, wait_for
 from csc_jax.methods import Method
 from csc_jax.methods.base import Batch
 from csc_jax.models.weights import overlay
 from csc_jax.optimizer import learning_rate_schedule
-from csc_jax.sharding import batch_sharding, replicated, state_sharding
+from csc_jax.parallel.sharding import batch_sharding, replicated, state_sharding
 from csc_jax.state import Network, TrainState, copy_network
+from csc_jax.training.background import in_background, wait_for
 
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

@@ -11,12 +11,14 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from csc_jax import config_checks, data, evaluation, methods, models, sharding
+from csc_jax import data, evaluation, methods, models
+from csc_jax.config import checks as config_checks
 from csc_jax.data import transforms
 from csc_jax.models.weights import load_pretrained
 from csc_jax.optimizer import combine
+from csc_jax.parallel import sharding
 from csc_jax.state import Network, TrainState
-from csc_jax.train_step import abstract_state, compile_init
+from csc_jax.training.step import abstract_state, compile_init
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,7 +125,7 @@ def join(
     timer = threading.Timer(initialization_timeout, _give_up, (who, initialization_timeout))
     timer.daemon = True
     timer.start()
-    # `interrupt.py` does this, for SIGINT too and within an evaluation.
+    # `training/interrupt.py` does this, for SIGINT too and within an evaluation.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

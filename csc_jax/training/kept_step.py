@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax.background import in_background
+from csc_jax.training.background import in_background
 
 log = logging.getLogger("csc_jax")
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csc_jax.sharding import make_mesh, replicated, shard_batch
+from csc_jax.parallel.sharding import make_mesh, replicated, shard_batch
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

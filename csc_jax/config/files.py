@@ -5,7 +5,7 @@ from pathlib import Path
 
 from csc_jax.errors import UserError
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def folder() -> Path:

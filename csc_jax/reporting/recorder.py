@@ -13,10 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax import distributed
 from csc_jax.errors import Diverged
 from csc_jax.evaluation import Scores
-from csc_jax.writers import MetricWriter, Progress
+from csc_jax.parallel import distributed
+from csc_jax.reporting.writers import MetricWriter, Progress
 
 log = logging.getLogger("csc_jax")
 

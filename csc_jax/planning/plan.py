@@ -25,13 +25,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
-from csc_jax import data, experiment
-from csc_jax.background import in_background, wait_for
-from csc_jax.chips import HOP, Chip, Topology, topology
+from csc_jax import data
 from csc_jax.data import camvid, cityscapes, pascal_voc, synthetic
 from csc_jax.errors import UserError
-from csc_jax.hlo import COLLECTIVES, FREE, Collective, Product, Program
-from csc_jax.train_step import compile_step, lower_step
+from csc_jax.planning.chips import HOP, Chip, Topology, topology
+from csc_jax.planning.hlo import COLLECTIVES, FREE, Collective, Product, Program
+from csc_jax.training import experiment
+from csc_jax.training.background import in_background, wait_for
+from csc_jax.training.step import compile_step, lower_step
 
 log = logging.getLogger("csc_jax")
 

@@ -1,6 +1,6 @@
 """What a config may hold, and what of it may change from one part of a run to the next.
 
-`config.py` has the fields themselves; one that is new there gets its choices or bounds here.
+`defaults.py` has the fields themselves; one that is new there gets its choices or bounds here.
 """
 
 import math
@@ -8,8 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from csc_jax import changes
-from csc_jax.config import default_config, flatten, to_plain
+from csc_jax.config import changes, default_config, flatten, to_plain
 from csc_jax.errors import UserError
 
 _CHOICES: dict[str, tuple[Any, ...]] = {

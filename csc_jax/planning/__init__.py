@@ -1,0 +1,1 @@
+"""`--mode=plan`: a step compiled for hardware that is not there, and read."""

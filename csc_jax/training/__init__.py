@@ -1,0 +1,1 @@
+"""Training: the host loop, the step it calls, and what lets a run stop and go on."""
