@@ -26,7 +26,6 @@ from csc_jax.training.background import in_background
 from csc_jax.training.checkpoint import Checkpointer, Restored
 from csc_jax.training.experiment import Experiment, build, load_data
 from csc_jax.training.interrupt import EvaluationStopped, StopRequest
-from csc_jax.training.kept_step import kept_step
 from csc_jax.training.lock import lock
 from csc_jax.training.step import Step, compile_ahead, compile_step
 
@@ -147,7 +146,6 @@ def _prepare(
     A run that continues has its `iterator` set to where it was.
     """
     config = experiment.config
-    kept = kept_step(config, experiment.mesh)
     abstract_state = experiment.abstract_state()
     restored = checkpointer.restore(
         abstract_state, check=lambda stored: _check_resumed(stored, config)
@@ -162,8 +160,7 @@ def _prepare(
         iterator.set_state(restored.loop["iterator"])
     step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh, abstract_state)
     if start < config.train.steps and not config.debug.nans:  # which runs it by operations
-        compile = kept.compile if kept is not None else jax.stages.Lowered.compile
-        step_fn = compile_ahead(step_fn, abstract_state, data.abstract_batch(config), compile)
+        step_fn = compile_ahead(step_fn, abstract_state, data.abstract_batch(config))
     return initial.result() if restored is None else restored.state, step_fn, restored
 
 

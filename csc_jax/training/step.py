@@ -189,12 +189,7 @@ def lower_step(step: Step, state: TrainState, batch: AbstractBatch) -> jax.stage
     return cast(jax.stages.Wrapped, jitted.func).lower(*jitted.args, state, batch)
 
 
-def compile_ahead(
-    step: Step,
-    state: TrainState,
-    batch: AbstractBatch,
-    compile: Callable[[jax.stages.Lowered], jax.stages.Compiled] = jax.stages.Lowered.compile,
-) -> Step:
+def compile_ahead(step: Step, state: TrainState, batch: AbstractBatch) -> Step:
     """Returns the same step, compiled in a thread while the caller goes on.
 
     It is traced before this returns: that is Python's work, as the caller's own will be. The
@@ -204,10 +199,9 @@ def compile_ahead(
       step: as in `lower_step`.
       state: as in `lower_step`.
       batch: as in `lower_step`. Other shapes are a TypeError later.
-      compile: what the thread does, as `KeptStep.compile`.
     """
     lowered, given = lower_step(step, state, batch), cast(partial[Any], step).args
-    since, program = time.perf_counter(), in_background(compile, lowered)
+    since, program = time.perf_counter(), in_background(lowered.compile)
 
     def compiled_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return wait_for(program, "compiling the train step", since)(*given, state, batch)
