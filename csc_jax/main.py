@@ -10,15 +10,6 @@ python -m csc_jax.main --mode=plan --topology=v5e:4x4 --config=configs/cityscape
 docs/scaling.md has the commands for several devices, hosts and processes.
 """
 
-# ruff: noqa: E402 - the garbage collector is set before the imports that it would slow down.
-
-import gc
-
-# Imports and tracing make millions of objects that stay: looking through them for garbage again and
-# again took half a second of the imports and 15% of what followed up to the first step
-# (docs/scaling.md). What imports this module is a command as well.
-gc.set_threshold(100_000, 50, 100)
-
 import difflib
 import logging
 import os
