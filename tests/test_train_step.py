@@ -312,25 +312,3 @@ def test_a_step_compiled_ahead_takes_no_other_batch():
     small = jax.tree.map(lambda x: x[:1], harness.batch(0))
     with pytest.raises(TypeError, match="labeled"):
         ahead(harness.init(), small)
-
-
-def test_on_a_cpu_products_are_left_to_xla_itself():
-    def compiled(options):
-        square = jnp.ones((256, 256))
-        product = jax.jit(lambda x: x @ x, compiler_options=options)
-        return product.lower(square).compile().as_text()
-
-    options = train_step._compiler_options(sharding.make_mesh(1))
-    assert "ynn_fusion" in compiled({})
-    assert "ynn_fusion" not in compiled(options)
-
-
-def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
-    monkeypatch.setattr(train_step, "_CPU_OPTIONS", {"xla_cpu_no_such_option": "1"})
-    assert train_step._compiler_options(sharding.make_mesh(1)) == {}
-
-
-def test_options_of_the_user_come_first(monkeypatch):
-    (name,) = train_step._CPU_OPTIONS
-    monkeypatch.setenv("XLA_FLAGS", f"--{name}=LIBRARY_FUSION_TYPE_DOT")
-    assert train_step._compiler_options(sharding.make_mesh(1)) == {}

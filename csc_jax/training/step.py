@@ -1,6 +1,5 @@
 """One optimizer step: a pure function of (state, batch), the same for every method."""
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,11 +23,6 @@ from csc_jax.training.background import in_background, wait_for
 Metrics = dict[str, Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 AbstractBatch = dict[str, dict[str, jax.ShapeDtypeStruct]]
-
-# XLA may hand reductions, products and convolutions to a library of kernels, and by default does
-# with all. A program with many of those takes long to come back from the compilation cache, and
-# reductions alone make the step as fast (docs/scaling.md, "Before the first step").
-_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def init_state(
@@ -172,7 +166,6 @@ def compile_step(
         in_shardings=(replicated(mesh), places, batch_sharding(mesh)),
         out_shardings=(places, replicated(mesh)),
         donate_argnums=1,
-        compiler_options=_compiler_options(mesh),
     )
     return partial(step, _seed(method))
 
@@ -207,18 +200,6 @@ def compile_ahead(step: Step, state: TrainState, batch: AbstractBatch) -> Step:
         return wait_for(program, "compiling the train step", since)(*given, state, batch)
 
     return compiled_step
-
-
-def _compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Returns XLA's options for the step: on a CPU those that XLA_FLAGS leaves open, else {}."""
-    given = os.environ.get("XLA_FLAGS", "")
-    if mesh.devices.flat[0].platform != "cpu" or any(name in given for name in _CPU_OPTIONS):
-        return {}
-    try:
-        jax.jit(lambda: jnp.zeros(()), compiler_options=_CPU_OPTIONS).lower().compile()
-    except jax.errors.JaxRuntimeError:  # an XLA that has no such option
-        return {}
-    return _CPU_OPTIONS
 
 
 def _seed(method: Method) -> np.ndarray:
