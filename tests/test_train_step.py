@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from tiny import CLASSES, Harness, tiny_config
 from toy_network import toy_harness
 
@@ -19,7 +18,6 @@ from csc_jax.evaluation import Scores, confusion_matrix
 from csc_jax.methods.shared import teacher_decay
 from csc_jax.models import resize_aligned
 from csc_jax.optimizer import make_optimizer, polynomial_decay
-from csc_jax.parallel import sharding
 from csc_jax.state import Network, update_ema
 from csc_jax.training import step as train_step
 
@@ -262,32 +260,6 @@ def test_the_rate_is_finite_beyond_the_last_step():
         rate = jax.jit(polynomial_decay(0.1, 0.9, steps))
         last = 0.1 * (1 / steps) ** 0.9
         np.testing.assert_allclose([rate(steps - 1), rate(steps), rate(steps + 1)], last, rtol=1e-4)
-
-
-def test_the_norm_is_that_of_all_arrays_together():
-    rng = np.random.default_rng(0)
-    shapes = {"scalar": (), "scale": (3,), "bias": (5,), "kernel": (2, 3, 4)}
-    tree = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    together = np.concatenate([x.ravel() for x in tree.values()])
-    np.testing.assert_allclose(train_step._norm(tree), np.linalg.norm(together), rtol=1e-6)
-    kernels = {"kernel": tree["kernel"]}
-    np.testing.assert_allclose(
-        train_step._norm(kernels), np.linalg.norm(tree["kernel"].ravel()), rtol=1e-6
-    )
-    for name in shapes:
-        assert np.isnan(train_step._norm(tree | {name: np.full(shapes[name], np.nan, np.float32)}))
-
-
-def test_the_norm_is_the_same_of_arrays_split_over_devices():
-    mesh = sharding.make_mesh(4, fsdp=2)
-    split = NamedSharding(mesh, PartitionSpec("fsdp"))
-    rng = np.random.default_rng(0)
-    places = {"scale": split, "bias": sharding.replicated(mesh), "mean": split, "kernel": split}
-    shapes = {"scale": (64,), "bias": (3,), "mean": (32,), "kernel": (8, 5)}
-    tree = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    norm = jax.jit(train_step._norm)(jax.device_put(tree, places))
-    together = np.concatenate([x.ravel() for x in tree.values()])
-    np.testing.assert_allclose(norm, np.linalg.norm(together), rtol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -74,7 +74,7 @@ def train_step(
     loss_key, update_key = jax.random.split(key)
     grad = jax.value_and_grad(method.loss, has_aux=True)
     (loss, outputs), gradients = grad(state.trained, state, batch, loss_key)
-    norm = _norm(gradients)  # not finite if any gradient is not
+    norm = optax.tree.norm(gradients)  # not finite if any gradient is not
 
     @jax.jit  # so that `eval_shape` below and `cond` share one trace
     def learn(state: TrainState) -> tuple[TrainState, Metrics]:
@@ -97,18 +97,6 @@ def train_step(
     metrics["rejected"] = new_state.rejected.astype(jnp.float32)
     metrics |= outputs.metrics | update_metrics
     return new_state.replace(step=state.step + 1), metrics
-
-
-def _norm(tree: Any) -> Array:
-    """Returns the Euclidean norm of all arrays together, ().
-
-    Vectors are put together first: a ResNet-101 has 240 of them, and each would be a program of its
-    own to compile, read back and start.
-    """
-    leaves = jax.tree.leaves(tree)
-    vectors = [x for x in leaves if x.ndim == 1]
-    rest = [x for x in leaves if x.ndim != 1]
-    return optax.tree.norm([jnp.concatenate(vectors), *rest] if vectors else rest)
 
 
 def compile_init(
