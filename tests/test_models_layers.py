@@ -13,7 +13,7 @@ from csc_jax.models import convolution
 from csc_jax.models.convolution import convolve
 from csc_jax.models.deeplabv3plus import Head
 from csc_jax.models.depthwise import _by_xla, convolve_depthwise
-from csc_jax.models.layers import SHAPES_ONLY, BatchNorm, Conv, ConvNorm
+from csc_jax.models.layers import BatchNorm, Conv, ConvNorm
 from csc_jax.models.resnet import _max_pool
 
 
@@ -340,15 +340,6 @@ def test_batch_norm_and_its_gradient_are_those_of_flax(dtype):
     np.testing.assert_allclose(mean, expected_mean, rtol=1e-5)
     jax.tree.map(close, by_params, expected_by_params)
     close(np.float32(by_x), expected_by_x)
-
-
-def test_nothing_is_drawn_where_shapes_alone_are_asked_for():
-    x, key = jnp.ones((1, 4, 4, 2)), jax.random.key(0)
-    drawn = Conv(3).init(key, x)
-    shapes = Conv(3).init({"params": key, SHAPES_ONLY: key}, x)
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, drawn)
-    assert np.all(drawn["params"]["kernel"])
-    assert not np.any(shapes["params"]["kernel"])
 
 
 def test_a_parameter_of_another_shape_is_refused():

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from csc_jax.models.layers import SHAPES_ONLY
-
 
 @partial(jax.jit, static_argnums=0, static_argnames="projection")
 def initialize(network: nn.Module, key: jax.Array, *, projection: bool = True) -> dict[str, Any]:
@@ -30,7 +28,7 @@ def initialize(network: nn.Module, key: jax.Array, *, projection: bool = True) -
     """
     image = jnp.zeros((1, 64, 64, 3))  # no parameter depends on the size
     init = partial(network.init, train=False, projection=projection)
-    shapes = flatten_dict(jax.eval_shape(init, {"params": key, SHAPES_ONLY: key}, image))
+    shapes = flatten_dict(jax.eval_shape(init, key, image))
     # Sorted, the projection head comes last and so does not shift the others' numbers.
     kernels = sorted(path for path in shapes if path[-1] == "kernel")
     noise = jax.random.normal(key, (sum(shapes[path].size for path in kernels),))

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from csc_jax.models.convolution import convolve
 from csc_jax.models.normalization import batch_normalize, normalize, update_running
 
-SHAPES_ONLY = "shapes_only"  # see `parameter`
-
 
 class Features(NamedTuple):
     """What a backbone returns: feature maps (B, h, w, K) in the compute dtype."""
@@ -39,15 +37,12 @@ def parameter(
     """Returns `module.param(name, initializer, shape)`, float32.
 
     Flax traces the initializer to learn the shape of a parameter that is there: a sixth of the time
-    to trace a ResNet-101's training step. Here the shapes are compared. Where `network.init` is
-    given a key of the name SHAPES_ONLY, nothing is drawn: a parameter is 0.
+    to trace a ResNet-101's training step. Here the shapes are compared.
 
     Raises:
       flax.errors.ScopeParamShapeError: the parameter has another shape.
     """
     if not module.has_variable("params", name):
-        if module.has_rng(SHAPES_ONLY):
-            return module.param(name, lambda _: jnp.zeros(shape))
         return module.param(name, initializer, shape)
     value: jax.Array = module.get_variable("params", name)
     if value.shape != shape:
