@@ -59,6 +59,12 @@ def _mix(decay: Array, teacher: Array, student: Array) -> Array:
     return decay * teacher + (1.0 - decay) * student
 
 
+def teacher_decay(step: Array, start: int, limit: float) -> Array:
+    """Returns min(1 - 1/(t + 1), limit), t from `start`; before it 0, a copy (decisions.md 19)."""
+    t = jnp.maximum(step - start, 0).astype(jnp.float32)
+    return jnp.minimum(1.0 - 1.0 / (t + 1.0), limit)
+
+
 def copy_network(network: Network) -> Network:
     """Returns the same values in buffers of their own.
 

@@ -15,10 +15,9 @@ from toy_network import toy_harness
 from csc_jax import contrast
 from csc_jax.data import abstract_batch
 from csc_jax.evaluation import Scores, confusion_matrix
-from csc_jax.methods.shared import teacher_decay
 from csc_jax.models import resize_aligned
 from csc_jax.optimizer import make_optimizer, polynomial_decay
-from csc_jax.state import Network, update_ema
+from csc_jax.state import Network, teacher_decay, update_ema
 from csc_jax.training import step as train_step
 
 

@@ -26,7 +26,7 @@ from csc_jax.augment import normalize_images
 from csc_jax.contrast import MemoryBank
 from csc_jax.models import Features, Outputs, initialize, resize_aligned
 from csc_jax.optimizer import make_optimizer
-from csc_jax.state import Network, TrainState
+from csc_jax.state import Network, TrainState, teacher_decay, update_ema
 
 Batch = dict[str, dict[str, Array]]
 
@@ -194,6 +194,9 @@ class Method:
     ) -> tuple[TrainState, dict[str, Array]]:
         """Returns the state after everything that follows the optimizer step, and more metrics.
 
-        `state` holds the new parameters and still the old `step`.
+        `state` holds the new parameters and still the old `step`. By default the teacher follows
+        the student, from the end of `method.supervised_only` on (decisions.md 19).
         """
-        raise NotImplementedError(f"{type(self).__name__}.update")
+        config = self.task.config.method
+        decay = teacher_decay(state.step, config.supervised_only, config.ema_decay)
+        return state.replace(teacher=update_ema(state.teacher, state.student, decay)), {}

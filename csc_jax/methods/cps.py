@@ -27,7 +27,7 @@ from csc_jax import augment, losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.models import Outputs, resize_aligned
-from csc_jax.state import Network, TrainState, update_ema
+from csc_jax.state import Network, TrainState
 
 _OTHER = {"student": "second", "second": "student"}
 
@@ -127,13 +127,6 @@ class CPS(Method):
     def pseudo_labels(self, key: Array, state: TrainState, images: Array) -> Array:
         logits = self.task.eval_forward(state.companions["second"], images).logits
         return jnp.argmax(resize_aligned(logits, shared.size_of(images)), -1).astype(jnp.int32)
-
-    def update(
-        self, state: TrainState, outputs: LossOutputs, key: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
-        config = self.task.config.method
-        decay = shared.teacher_decay(state.step, config.supervised_only, config.ema_decay)
-        return state.replace(teacher=update_ema(state.teacher, state.student, decay)), {}
 
 
 def _mix(mask: Array | None, x: Array) -> Array:

@@ -20,7 +20,7 @@ from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.models import resize_aligned
 from csc_jax.pseudo_labels import pseudo_labels, update_class_confidence
-from csc_jax.state import TrainState, update_ema
+from csc_jax.state import TrainState
 
 
 class CutMixMeanTeacher(Method):
@@ -101,18 +101,14 @@ class CutMixMeanTeacher(Method):
     def update(
         self, state: TrainState, outputs: LossOutputs, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        config = self.task.config.method
-        decay = shared.teacher_decay(state.step, config.supervised_only, config.ema_decay)
+        state, metrics = super().update(state, outputs, key)
         confidence = update_class_confidence(
             state.method_state["class_confidence"],
             outputs.carry["logits_l"],
             outputs.carry["labels_l"],
-            config.pseudo_label.confidence_ema,
+            self.task.config.method.pseudo_label.confidence_ema,
         )
-        return state.replace(
-            teacher=update_ema(state.teacher, state.student, decay),
-            method_state={"class_confidence": confidence},
-        ), {}
+        return state.replace(method_state={"class_confidence": confidence}), metrics
 
 
 METHOD = CutMixMeanTeacher

@@ -25,7 +25,7 @@ from csc_jax import augment, losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.models import resize_aligned
-from csc_jax.state import TrainState, update_ema
+from csc_jax.state import TrainState
 
 
 class FixMatch(Method):
@@ -76,13 +76,6 @@ class FixMatch(Method):
         logits = self.task.eval_forward(state.student, images).logits
         inside = jnp.ones(images.shape[:3], bool)
         return shared.confident_labels(logits, inside, self.task.config.method.fixmatch.threshold)
-
-    def update(
-        self, state: TrainState, outputs: LossOutputs, key: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
-        config = self.task.config.method
-        decay = shared.teacher_decay(state.step, config.supervised_only, config.ema_decay)
-        return state.replace(teacher=update_ema(state.teacher, state.student, decay)), {}
 
 
 METHOD = FixMatch

@@ -36,7 +36,7 @@ from csc_jax.methods.base import Batch, LossOutputs, Method, Task
 from csc_jax.models import resize_aligned
 from csc_jax.models.layers import BatchNorm
 from csc_jax.optimizer import polynomial_decay
-from csc_jax.state import Network, TrainState, update_ema
+from csc_jax.state import Network, TrainState
 
 _CLIP = 0.1  # a flaw map that stays below it shows no flaw (FlawmapHandler of the authors' code)
 
@@ -175,13 +175,6 @@ class GCT(Method):
         threshold = self.task.config.method.gct.threshold
         (target, _), _ = dynamic_targets(soft[0], soft[1], flaws[0], flaws[1], threshold)
         return jnp.argmax(target, axis=-1).astype(jnp.int32)
-
-    def update(
-        self, state: TrainState, outputs: LossOutputs, key: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
-        config = self.task.config.method
-        decay = shared.teacher_decay(state.step, config.supervised_only, config.ema_decay)
-        return state.replace(teacher=update_ema(state.teacher, state.student, decay)), {}
 
 
 class FlawDetector(nn.Module):

@@ -11,12 +11,6 @@ from csc_jax.models import Outputs, resize_aligned
 from csc_jax.state import TrainState
 
 
-def teacher_decay(step: Array, start: int, limit: float) -> Array:
-    """Returns min(1 - 1/(t + 1), limit), t from `start`; before it 0, a copy (decisions.md 19)."""
-    t = jnp.maximum(step - start, 0).astype(jnp.float32)
-    return jnp.minimum(1.0 - 1.0 / (t + 1.0), limit)
-
-
 def ramp_up(step: Array, start: int, length: float) -> Array:
     """Returns exp(-5 (1 - x)^2) with x from 0 at `start` to 1 after `length` steps; before it 0.
 

@@ -10,7 +10,7 @@ from jax import Array
 
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
-from csc_jax.state import TrainState, update_ema
+from csc_jax.state import TrainState, teacher_decay, update_ema
 
 
 class Supervised(Method):
@@ -37,7 +37,7 @@ class Supervised(Method):
     def update(
         self, state: TrainState, outputs: LossOutputs, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        decay = shared.teacher_decay(state.step, 0, self.task.config.method.ema_decay)
+        decay = teacher_decay(state.step, 0, self.task.config.method.ema_decay)
         return state.replace(teacher=update_ema(state.teacher, state.student, decay)), {}
 
 

@@ -30,7 +30,7 @@ from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.models import Outputs, resize_aligned
 from csc_jax.parallel import order_statistics
-from csc_jax.state import TrainState, update_ema
+from csc_jax.state import TrainState
 
 _NEVER = 1e-10  # added to a probability before its logarithm (their code)
 
@@ -136,11 +136,9 @@ class U2PL(Method):
     def update(
         self, state: TrainState, outputs: LossOutputs, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        config = self.task.config.method
-        decay = shared.teacher_decay(state.step, config.supervised_only, config.ema_decay)
-        teacher = update_ema(state.teacher, state.student, decay)
+        state, _ = super().update(state, outputs, key)
         fill = jnp.mean(outputs.carry.count / jnp.asarray(self._sizes()))
-        return state.replace(teacher=teacher, method_state=outputs.carry), {"queue_fill": fill}
+        return state.replace(method_state=outputs.carry), {"queue_fill": fill}
 
     def _sizes(self) -> list[int]:
         config = self.task.config.method.u2pl

@@ -24,7 +24,7 @@ from csc_jax import augment, losses
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.models import Features, resize_aligned
-from csc_jax.state import TrainState, update_ema
+from csc_jax.state import TrainState
 
 
 class UniMatchV2(Method):
@@ -95,13 +95,6 @@ class UniMatchV2(Method):
         counted = jnp.ones(images.shape[:3], bool) if inside is None else inside
         threshold = self.task.config.method.unimatch_v2.threshold
         return shared.confident_labels(logits, counted, threshold)
-
-    def update(
-        self, state: TrainState, outputs: LossOutputs, key: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
-        config = self.task.config.method
-        decay = shared.teacher_decay(state.step, config.supervised_only, config.ema_decay)
-        return state.replace(teacher=update_ema(state.teacher, state.student, decay)), {}
 
 
 def draw_dropped(key: Array, images: int, share: float) -> Array:
