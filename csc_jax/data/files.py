@@ -1,16 +1,33 @@
-"""The user's files: in folders, or in zip archives that nobody has to unpack."""
+"""The user's files: in folders, or in zip archives that nobody has to unpack.
+
+`walk` is the one way in which the project looks for files; `read_text` the one way in which it
+reads a text file of the user's.
+"""
 
 import dataclasses
 import errno
+import os
 import re
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from csc_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # without loss, so that no value is invented
+
+# Folders and files that systems leave beside the user's own; names with a leading dot are others.
+_LEFT_BY_SYSTEMS = frozenset(
+    (
+        *("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"),
+        *("thumbs.db", "desktop.ini"),
+    )
+)
+_MAX_TEXT = 1 << 28  # bytes of a list; the longest published ones have some millions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +61,211 @@ class Member:
 File = Path | Member
 
 
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """What is in a folder and its sub-folders.
+
+    Attributes:
+      found: files of the wanted suffixes, by their path relative to the folder, in name order. The
+        path has "/" between its parts and is in Unicode's composed form (NFC), whichever form the
+        disk has it in.
+      others: the other files, in the same way; hidden ones and those of the system are in neither.
+      repeated: (folder, the same folder under the name it was read by): links that were passed
+        over because nothing new is behind them.
+    """
+
+    found: dict[str, Path]
+    others: dict[str, Path]
+    repeated: tuple[tuple[Path, Path], ...]
+
+    def passed_over(self) -> str:
+        """Returns what was left out as ": passed over 12 .gif, 1 without suffix", or ""."""
+        counts = Counter(PurePosixPath(name).suffix.lower() for name in self.others)
+        parts = [
+            f"{count} {suffix or 'without suffix'}" for suffix, count in sorted(counts.items())
+        ]
+        parts += [f"{link}, which is {first} again" for link, first in self.repeated]
+        return f"; passed over {', '.join(parts)}" if parts else ""
+
+
+def walk(folder: Path, suffixes: Sequence[str], field: str = "data.root") -> Walk:
+    """Lists the files of a folder and its sub-folders.
+
+    Links are followed. A folder that several links lead to is read once, under its own name where
+    that lies in `folder`, else under the first link's. Hidden files and folders are skipped (those
+    that begin with a dot, and what macOS, Windows and storage systems leave behind).
+
+    Args:
+      suffixes: of the files that are wanted, in small letters; the files may have them in any.
+      field: or flag that named the folder, for messages.
+
+    Raises:
+      UserError: for a folder that cannot be read, a link that leads nowhere, something that is
+        neither file nor folder, a name that no list can hold, or two names that Unicode calls one.
+    """
+    found: dict[str, Path] = {}
+    others: dict[str, Path] = {}
+    repeated: list[tuple[Path, Path]] = []
+    try:
+        seen = {_identity(folder): folder}
+        folders, links = [folder], list[Path]()
+        # Links come last, so that a folder goes by its own name and not by that of a link to it.
+        while folders or links:
+            current = folders.pop() if folders else links.pop(0)
+            if current != folder:
+                first = seen.setdefault(_identity(current), current)
+                if first != current:
+                    repeated.append((current, first))
+                    continue
+            for entry in _entries(current):
+                name = _listed_name(Path(entry.path), folder, field)
+                suffix = PurePosixPath(name).suffix.lower()
+                wanted = suffix in suffixes
+                broken = entry.is_symlink() and _is_broken(entry.path)
+                if broken and not wanted:
+                    raise UserError(
+                        f"{entry.path} is a link to {str(Path(entry.path).readlink())!r}, which leads "
+                        f"nowhere. Restore what it links to or remove the link ({field})."
+                    )
+                if not broken and entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(Path(entry.path))
+                elif broken or entry.is_file():
+                    listed = found if wanted else others
+                    if name in listed:
+                        raise UserError(
+                            f"{field} {folder} holds {name!r} twice, in two Unicode forms that "
+                            "look the same. Keep one of them or rename it."
+                        )
+                    listed[name] = Path(entry.path)  # reading a broken link says so, for all
+                elif wanted:
+                    raise UserError(
+                        f"{entry.path} is neither a file nor a folder. Remove it ({field})."
+                    )
+            links.sort()
+    except (OSError, ValueError) as error:
+        raise unreadable(error, field, folder) from error
+    return Walk(_in_name_order(found), _in_name_order(others), tuple(repeated))
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        visible = [
+            entry
+            for entry in entries
+            if not entry.name.startswith(".") and entry.name.casefold() not in _LEFT_BY_SYSTEMS
+        ]
+    return iter(sorted(visible, key=lambda entry: entry.name))
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _is_broken(path: str) -> bool:
+    """Whether it is a link that leads nowhere, or to itself."""
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
+def _listed_name(path: Path, folder: Path, field: str) -> str:
+    name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
+    # Not `isprintable`: that also refuses the blanks of Japanese names and of macOS screenshots.
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
+        raise UserError(
+            f"{field} {folder} holds {name!a}, whose name has a line break, a control "
+            "character or bytes that are no UTF-8; no list can hold it. Rename it."
+        )
+    return name
+
+
+def _in_name_order(listed: dict[str, Path]) -> dict[str, Path]:
+    return dict(sorted(listed.items(), key=lambda item: item[0].split("/")))
+
+
+def unreadable(error: Exception, field: str, path: object) -> UserError:
+    """Returns the error to raise for a file or folder of the user's that cannot be read."""
+    name = getattr(error, "filename", None) or path
+    reason = getattr(error, "strerror", None) or error
+    return UserError(
+        f"{name} cannot be read: {reason} ({field}). Grant the right to read it, repair it, or "
+        "name another."
+    )
+
+
+def is_folder(path: Path, field: str) -> bool:
+    """Whether there is such a folder; UserError if that cannot be told."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise unreadable(error, field, path) from error
+
+
+def user_path(text: str, field: str) -> Path:
+    """Returns a path as the user wrote it, with "~" replaced.
+
+    Raises:
+      UserError: for a home that is not known, or a name that no file can have.
+    """
+    if "\0" in text:
+        raise UserError(f"{field} {text!r} holds a NUL character, which no path can. Remove it.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # "~" of an unknown user, or no home
+        raise UserError(f"{field} {text}: {error}. Write the path in full.") from error
+
+
+def read_text(path: Path, field: str) -> str:
+    """Returns a text file's content: UTF-8, or UTF-16 as Windows writes it; without its BOM.
+
+    Every line ends in a line feed alone.
+
+    Raises:
+      UserError: it cannot be read, or is no text.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_TEXT + 1)
+    except (OSError, ValueError) as error:  # ValueError: no possible name of a file
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{field} {path} cannot be read as a text file: {reason}.") from error
+    if len(content) > _MAX_TEXT:
+        raise UserError(
+            f"{field} {path} cannot be read as a text file: it has more than {_MAX_TEXT} bytes."
+        )
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    elif b"\0" in content[:2]:  # ASCII comes first in every list
+        encoding = "utf-16-be" if content[0] == 0 else "utf-16-le"
+    else:
+        encoding = "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{field} {path} cannot be read as a text file: {error}. Save it as UTF-8."
+        ) from error
+    if "\0" in text:
+        raise UserError(
+            f"{field} {path} cannot be read as a text file: it holds NUL characters. Save it as "
+            "UTF-8."
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def stamp(file: File) -> str:
     """Returns a text that changes whenever the file's content does."""
     if isinstance(file, Member):
         return f"{file.info.filename} {file.info.file_size} {file.info.CRC}"
     try:
         status = file.stat()
-    except FileNotFoundError:
-        return f"{file} missing"
+    except OSError as error:  # reading the file, later, says so in full
+        return f"{file} missing {error.errno}"
     return f"{file} {status.st_size} {status.st_mtime_ns}"
 
 
@@ -61,8 +275,11 @@ def existing_root(root: str, layout: str) -> Path:
         raise UserError(
             f"data.root is not set; pass --config.data.root=DIR, a folder with {layout}."
         )
-    folder = Path(root).expanduser().resolve()
-    if not folder.is_dir():
+    try:
+        folder = user_path(root, "data.root").resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise unreadable(error, "data.root", root) from error
+    if not is_folder(folder, "data.root"):
         raise UserError(f"data.root {root} is not a folder; it must be one with {layout}.")
     return folder
 
@@ -98,14 +315,24 @@ def find(folder: Path, pattern: str, archives: Sequence[zipfile.ZipFile]) -> dic
     """Returns the files that match, by path relative to `folder`, in name order.
 
     Args:
-      pattern: of the relative path; "*" stands for no "/".
+      pattern: of the relative path; its first parts are a folder and "*" stands for no "/".
       archives: are searched too; a file that is also in the folder is taken from there.
     """
     found: dict[str, File] = {}
     for archive in archives:
         for info in archive.infolist():
-            path = PurePosixPath(info.filename)
-            if path.match(pattern) and len(path.parts) == pattern.count("/") + 1:
+            path = PurePosixPath(unicodedata.normalize("NFC", info.filename))
+            if _matches(path, pattern) and not any(part.startswith(".") for part in path.parts):
                 found[path.as_posix()] = Member(archive, info)
-    found |= {path.relative_to(folder).as_posix(): path for path in folder.glob(pattern)}
+    start = PurePosixPath(pattern.partition("*")[0]).parts
+    base = folder.joinpath(*start)
+    if is_folder(base, "data.root"):
+        for name, file in walk(base, (PurePosixPath(pattern).suffix,)).found.items():
+            path = PurePosixPath(*start, name)
+            if _matches(path, pattern):
+                found[path.as_posix()] = file
     return dict(sorted(found.items()))
+
+
+def _matches(path: PurePosixPath, pattern: str) -> bool:
+    return path.match(pattern) and len(path.parts) == pattern.count("/") + 1
