@@ -102,8 +102,10 @@ def test_a_loop_without_a_known_length_is_named(mesh4):
     def function(x):
         return jax.lax.while_loop(lambda x: x.sum() < 100.0, lambda x: x * 2, x)
 
-    text = compiled_on(mesh4, function, jnp.ones((8, 6))).as_text()
-    assert len(Program(text).unknown_loops) == 1
+    program = Program(compiled_on(mesh4, function, jnp.ones((8, 6))).as_text())
+    assert len(program.unknown_loops) == 1
+    # What its condition asks of the other devices is asked in each turn.
+    assert [(each.kind, each.in_loop) for each in program.collectives()] == [("all-reduce", True)]
 
 
 def test_of_a_condition_the_dearer_branch_counts():

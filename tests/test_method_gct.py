@@ -154,11 +154,13 @@ def test_the_loss_is_the_papers():
             )
             for network in (state.student, second)
         ]
-        flaws, _ = method._detect(detector.params, state, images, jnp.concatenate(soft))
+        in_turn = jnp.stack(soft, axis=1).reshape(8, 64, 64, -1)  # both networks' of each image
+        flaws, _ = method._detect(detector.params, state, images, in_turn)
         return loss, soft, flaws
 
     (loss, outputs), soft, flaws = run(state)
-    soft, flaws = np.asarray(soft, np.float64), np.asarray(flaws, np.float64).reshape(2, 4, 64, 64)
+    soft, flaws = np.asarray(soft, np.float64), np.asarray(flaws, np.float64)
+    flaws = flaws.reshape(4, 2, 64, 64).swapaxes(0, 1)
     label = np.asarray(batch["labeled"]["label"])
     inside = np.concatenate([np.ones((2, 64, 64), bool), batch["unlabeled"]["inside"]])
     handled = np.array([[handle_slowly(one) for one in row] for row in flaws])

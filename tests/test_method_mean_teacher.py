@@ -93,9 +93,9 @@ def test_a_module_on_top_gets_confident_labels_only():
     )
     batch = toy_batch()
     _, outputs = jax.jit(method.base.loss)(state.trained, state, batch, KEY)
-    labels = np.asarray(outputs.pixels.labels)  # (4, 8, 8)
-    np.testing.assert_array_equal(labels[:2], batch["labeled"]["label"][:, ::4, ::4])
-    unlabeled = labels[2:]
+    labels = np.asarray(outputs.pixels.labels)  # (4, 8, 8), the halves dealt out in turn
+    np.testing.assert_array_equal(labels[::2], batch["labeled"]["label"][:, ::4, ::4])
+    unlabeled = labels[1::2]
     assert np.all(unlabeled[0, :, -2:] == 255)  # padding
     assert 0 < np.sum(unlabeled == 255) - 16 < unlabeled.size - 16
     assert outputs.metrics["kept_fraction"] == 1.0  # while the loss itself knows no mask

@@ -12,7 +12,7 @@ from toy_network import toy_batch, toy_harness, toy_method
 
 from csc_jax import methods
 from csc_jax.errors import UserError
-from csc_jax.methods import gct
+from csc_jax.methods import gct, shared
 from csc_jax.models.resize import resize_aligned
 from csc_jax.training.checkpoint import Checkpointer
 from csc_jax.training.step import init_state
@@ -290,13 +290,24 @@ def test_pseudo_labels_never_pass_through_dropout(name, fields):
         method, state = toy_method(method__name=name, dropout=rate, **fields)
         batch = toy_batch(size=(2, *method.task.config.data.crop_size))
         loss, outputs = jax.jit(method.base.loss)(state.trained, state, batch, jax.random.key(0))
-        labels.append(np.asarray(outputs.pixels.labels)[2:])
+        labels.append(np.asarray(outputs.pixels.labels)[1::2])  # of the unlabelled images
         losses.append(float(loss))
     assert len(np.unique(labels[0][labels[0] != 255])) > 1
     np.testing.assert_array_equal(*labels)
     # What is learnt does pass through it, but where one pass both teaches and learns.
     both = name == "gct" or (name == "cps" and "method__cps__cutmix" in fields)
     assert (losses[0] == losses[1]) == both
+
+
+def test_batches_are_dealt_out_so_that_each_device_keeps_its_images():
+    first, second = jnp.arange(4), jnp.arange(10, 16)  # 2 and 3 of each in two groups
+    joined = shared.join({"x": first}, {"x": second})
+    assert joined["x"].tolist() == [0, 1, 10, 11, 12, 2, 3, 13, 14, 15]
+    parts = shared.split(joined, first, second)
+    assert [part["x"].tolist() for part in parts] == [first.tolist(), second.tolist()]
+    # What a network made of the first two of three batches alone.
+    part, rest, none = shared.split(joined["x"], first, second, second)
+    assert (part.tolist(), rest.tolist(), none.tolist()) == (first.tolist(), second.tolist(), [])
 
 
 def test_supervised_teaches_nothing():

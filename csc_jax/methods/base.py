@@ -32,7 +32,10 @@ Batch = dict[str, dict[str, Array]]
 
 
 class Pixels(struct.PyTreeNode):
-    """What a contrastive module on top of a method needs, at stride 4; labelled images first."""
+    """What a contrastive module on top of a method needs, at stride 4.
+
+    Labelled and unlabelled images in the order of `shared.join`.
+    """
 
     features: Array  # (B, h, w, D) in the compute dtype, the student's projection, not normalised
     bank_features: Array  # (B, h, w, D) likewise, without gradient; what may enter the bank

@@ -27,9 +27,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from csc_jax import augment, losses
+from csc_jax.contrast import devices
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.models import Outputs, resize_aligned
@@ -98,7 +100,7 @@ class CCT(Method):
         pixels = None
         if self.with_pixels:
             confident = shared.likeliest(soft, inside, config.pseudo_label.threshold)
-            labels = jnp.concatenate([labeled["label"].astype(jnp.int32), confident])
+            labels = shared.join(labeled["label"].astype(jnp.int32), confident)
             student = shared.join(of_labeled, of_unlabeled)
             features = shared.bank_features(
                 task, state, student, labeled["image"], unlabeled["image"]
@@ -292,6 +294,14 @@ def components(mask: Array) -> Array:
 
     The id is the position of the component's first pixel in its flattened image; h w outside.
     """
+    if not (axes := devices.axes()):
+        return _components(mask)
+    # Each device for itself: it need not ask the others in every turn whether they are done.
+    rows = PartitionSpec(axes)
+    return jax.shard_map(_components, in_specs=rows, out_specs=rows, check_vma=False)(mask)
+
+
+def _components(mask: Array) -> Array:
     _, height, width = mask.shape
     none = height * width
     place = jnp.arange(none, dtype=jnp.int32).reshape(1, height, width)

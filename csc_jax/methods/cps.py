@@ -67,7 +67,7 @@ class CPS(Method):
             )
             learnt_u, stats = self._forward(params, stats, weak, learn_key, dropout=False)
             own = {name: shared.join(learnt_l[name], learnt_u[name]) for name in networks}
-            taught, inside_own = own, jnp.concatenate([labeled["inside"], inside])
+            taught, inside_own = own, shared.join(labeled["inside"], inside)
 
         # Probabilities at full size, by the network that made them.
         soft = {
@@ -86,7 +86,9 @@ class CPS(Method):
         total = loss_s["student"] + loss_s["second"]
         total = total + jnp.where(active, config.cps.weight, 0.0) * loss_cps
 
-        teacher = soft["second"][-weak.shape[0] :]  # the student's, on the unlabelled images
+        teacher = soft["second"]  # the student's
+        if not config.cps.cutmix:
+            teacher = shared.split(teacher, labeled["image"], weak)[1]
         metrics = {"loss_s": loss_s["student"], "loss_s_second": loss_s["second"]}
         metrics |= {"loss_u": loss_u["student"], "loss_u_second": loss_u["second"]}
         metrics |= shared.pseudo_label_metrics(
@@ -95,7 +97,7 @@ class CPS(Method):
         pixels = None
         if self.with_pixels:
             confident = shared.likeliest(teacher, inside, config.pseudo_label.threshold)
-            labels = jnp.concatenate([labeled["label"].astype(jnp.int32), _mix(mask, confident)])
+            labels = shared.join(labeled["label"].astype(jnp.int32), _mix(mask, confident))
             student = shared.join(learnt_l["student"], learnt_u["student"])
             features = shared.bank_features(task, state, student, labeled["image"], weak, mask)
             pixels = shared.pixels(student, features, labels)

@@ -38,6 +38,7 @@ from jax import Array
 
 from csc_jax import contrast
 from csc_jax.errors import UserError
+from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method, Pixels, Task
 from csc_jax.methods.cutmix_mean_teacher import CutMixMeanTeacher
 from csc_jax.state import Network, TrainState
@@ -154,18 +155,16 @@ class CSC(Method):
     ) -> Array:
         """Returns the one loss that is in force, () float32; the others are not computed.
 
-        The loss of Algorithm 1 is a sum of two, over the queries of the first `labeled` images and
-        over the others', each with the keys of its own half and the bank (decisions.md 10a).
+        The loss of Algorithm 1 is a sum of two, over the queries of the `labeled` images that have
+        labels and over the others', each with the keys of its own half and the bank (decisions.md
+        10a).
         """
         config = self.task.config.contrast
         labels = jnp.broadcast_to(_class_ids(queries.valid), queries.valid.shape)
         everything = contrast.normalize(queries.features), labels, queries.valid  # (B, C, V, …)
         halves = [everything]
         if config.halves == "separate" and labeled < len(labels):
-            halves = [
-                jax.tree.map(lambda x: x[:labeled], everything),
-                jax.tree.map(lambda x: x[labeled:], everything),
-            ]
+            halves = shared.split(everything, labels[:labeled], labels[labeled:])  # for their sizes
 
         def loss(bank: contrast.MemoryBank | None, top_n: int | None) -> Array:
             losses = [

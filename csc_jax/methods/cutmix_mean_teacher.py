@@ -37,14 +37,13 @@ class CutMixMeanTeacher(Method):
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = (inside.shape[1], inside.shape[2])  # (H, W)
-        images_l = labeled["image"].shape[0]
 
         pseudo = self.pseudo_labels(mask_key, state, weak, inside)  # (Bu, H, W)
         mask = augment.cutmix_mask(mix_key, weak.shape[0], size, config.cutmix)
         strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
         pseudo_mixed, inside_mixed = augment.mix(mask, pseudo), augment.mix(mask, inside)
 
-        images = jnp.concatenate([labeled["image"].astype(jnp.float32), strong])
+        images = shared.join(labeled["image"].astype(jnp.float32), strong)
         student, batch_stats = task.train_forward(
             params["student"],
             state.student.batch_stats,
@@ -52,13 +51,10 @@ class CutMixMeanTeacher(Method):
             dropout_key,
             projection=self.with_pixels,
         )
-        loss_s = task.supervised_loss(
-            student.logits[:images_l],
-            None if student.aux is None else student.aux[:images_l],
-            labeled["label"],
-        )
+        of_labeled, of_strong = shared.split(student, labeled["image"], strong)
+        loss_s = task.supervised_loss(of_labeled.logits, of_labeled.aux, labeled["label"])
         loss_u = self._unsupervised_loss(
-            resize_aligned(student.logits[images_l:], size), pseudo_mixed, inside_mixed
+            resize_aligned(of_strong.logits, size), pseudo_mixed, inside_mixed
         )
         active = state.step >= config.supervised_only
         total = loss_s + jnp.where(active, config.lambda_u, 0.0) * loss_u
@@ -66,11 +62,11 @@ class CutMixMeanTeacher(Method):
         pixels = None
         if self.with_pixels:
             features = shared.bank_features(task, state, student, labeled["image"], weak, mask)
-            labels = jnp.concatenate([labeled["label"].astype(jnp.int32), pseudo_mixed])
+            labels = shared.join(labeled["label"].astype(jnp.int32), pseudo_mixed)
             pixels = shared.pixels(student, features, labels)
         metrics = {"loss_s": loss_s, "loss_u": loss_u}
         metrics |= shared.pseudo_label_metrics(pseudo, inside, unlabeled["label"])
-        carry = {"logits_l": jax.lax.stop_gradient(student.logits[:images_l])}
+        carry = {"logits_l": jax.lax.stop_gradient(of_labeled.logits)}
         carry["labels_l"] = augment.nearest(labeled["label"], shared.size_of(student.logits))
         return total, LossOutputs({"student": batch_stats}, metrics, pixels, carry)
 

@@ -44,7 +44,7 @@ class FixMatch(Method):
         student, batch_stats = task.train_forward(
             params["student"],
             state.student.batch_stats,
-            jnp.concatenate([labeled["image"], weak]),
+            shared.join(labeled["image"], weak),
             weak_key,
             projection=self.with_pixels,
             dropout=False,
@@ -66,7 +66,7 @@ class FixMatch(Method):
         if self.with_pixels:
             both = shared.join(of_labeled, of_strong)
             features = shared.bank_features(task, state, both, labeled["image"], weak, mask)
-            labels = jnp.concatenate([labeled["label"].astype(jnp.int32), pseudo_mixed])
+            labels = shared.join(labeled["label"].astype(jnp.int32), pseudo_mixed)
             pixels = shared.pixels(both, features, labels)
         metrics = {"loss_s": loss_s, "loss_u": loss_u}
         metrics |= shared.pseudo_label_metrics(pseudo, inside, unlabeled["label"])

@@ -69,9 +69,10 @@ class GCT(Method):
     ) -> tuple[Array, LossOutputs]:
         task, config = self.task, self.task.config.method
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
-        images = jnp.concatenate([labeled["image"], unlabeled["image"]])
-        inside = jnp.concatenate([labeled["inside"], unlabeled["inside"]])
-        images_l, size = labeled["image"].shape[0], shared.size_of(images)
+        halves = labeled["image"], unlabeled["image"]
+        images = shared.join(*halves)
+        inside = shared.join(labeled["inside"], unlabeled["inside"])
+        size = shared.size_of(images)
 
         batch_stats, outputs, soft = {}, {}, {}
         networks = {"student": state.student, "second": state.companions["second"]}
@@ -85,16 +86,12 @@ class GCT(Method):
                 dropout=False,
             )
             soft[name] = jax.nn.softmax(resize_aligned(outputs[name].logits, size))
-        loss_s = {
-            name: task.supervised_loss(
-                out.logits[:images_l],
-                None if out.aux is None else out.aux[:images_l],
-                labeled["label"],
-            )
-            for name, out in outputs.items()
-        }
+        loss_s = {}
+        for name, out in outputs.items():
+            of_labeled = shared.split(out, *halves)[0]
+            loss_s[name] = task.supervised_loss(of_labeled.logits, of_labeled.aux, labeled["label"])
 
-        both = jnp.concatenate([soft["student"], soft["second"]])  # (2B, H, W, C)
+        both = shared.join(soft["student"], soft["second"])  # (2B, H, W, C)
         fixed = jax.lax.stop_gradient(both)
         # One pass teaches the detector, one teaches the networks through the detector as it is.
         flaws, batch_stats["detector"] = self._detect(params["detector"], state, images, fixed)
@@ -102,25 +99,24 @@ class GCT(Method):
         flaws_of_networks, _ = self._detect(constant, state, images, both)
 
         labels = labeled["label"]
-        truth = jnp.concatenate([labels, labels])
-        labeled_rows = jnp.concatenate([jnp.arange(images_l), len(images) + jnp.arange(images_l)])
-        flaw_truth = flaw_target(fixed[labeled_rows], truth, config.gct.repeats)
-        inside_l = jnp.concatenate([labeled["inside"], labeled["inside"]])
-        loss_fd = shared.masked_mean((flaws[labeled_rows] - flaw_truth) ** 2, inside_l)
+
+        def of_labeled_images(x: Array) -> Array:  # (2B, …) -> (2Bl, …)
+            parts = shared.split(x, images, images)
+            return shared.join(*(shared.split(part, *halves)[0] for part in parts))
+
+        truth, inside_l = (shared.join(x, x) for x in (labels, labeled["inside"]))
+        flaw_truth = flaw_target(of_labeled_images(fixed), truth, config.gct.repeats)
+        loss_fd = shared.masked_mean((of_labeled_images(flaws) - flaw_truth) ** 2, inside_l)
 
         handled = handle_flaws(jax.lax.stop_gradient(flaws))
-        targets, both_bad = dynamic_targets(
-            fixed[: len(images)],
-            fixed[len(images) :],
-            handled[: len(images)],
-            handled[len(images) :],
-            config.gct.threshold,
-        )
-        twice = jnp.concatenate([inside, inside])
+        first, second = shared.split(fixed, images, images)
+        flaws1, flaws2 = shared.split(handled, images, images)
+        targets, both_bad = dynamic_targets(first, second, flaws1, flaws2, config.gct.threshold)
+        twice = shared.join(inside, inside)
         # Sums of the two networks' means, as each is trained with its own losses.
-        bad = jnp.concatenate([both_bad, both_bad])
+        bad = shared.join(both_bad, both_bad)
         loss_fc = 2 * shared.masked_mean(bad * flaws_of_networks**2, twice)
-        squares = jnp.mean((both - jnp.concatenate(targets)) ** 2, axis=-1)
+        squares = jnp.mean((both - shared.join(*targets)) ** 2, axis=-1)
         loss_dc = 2 * shared.masked_mean(squares, twice)
 
         length = config.gct.ramp_up * task.total_steps
@@ -131,7 +127,7 @@ class GCT(Method):
         total = total + jnp.where(active, config.gct.correction, 0.0) * loss_fc
         total = total + config.gct.detector_weight * loss_fd
 
-        target, inside_u = targets[0][images_l:], unlabeled["inside"]
+        target, inside_u = shared.split(targets[0], *halves)[1], unlabeled["inside"]
         metrics = {"loss_s": loss_s["student"], "loss_s_second": loss_s["second"]}
         metrics |= {"loss_u": loss_dc, "loss_fc": loss_fc, "loss_fd": loss_fd}
         metrics |= {"both_bad": shared.masked_mean(both_bad, inside), "ramp_up": ramp}
@@ -141,7 +137,7 @@ class GCT(Method):
         pixels = None
         if self.with_pixels:
             confident = shared.likeliest(target, inside_u, config.pseudo_label.threshold)
-            pixel_labels = jnp.concatenate([labels.astype(jnp.int32), confident])
+            pixel_labels = shared.join(labels.astype(jnp.int32), confident)
             student = outputs["student"]
             features = shared.bank_features(
                 task, state, student, labeled["image"], unlabeled["image"]
@@ -154,7 +150,7 @@ class GCT(Method):
     ) -> tuple[Array, Any]:
         """Returns the flaw maps (2B, H, W) of both networks' (2B, H, W, C), and new statistics."""
         normalized = self.task.normalize(images)
-        x = jnp.concatenate([jnp.concatenate([normalized, normalized]), probabilities], axis=-1)
+        x = jnp.concatenate([shared.join(normalized, normalized), probabilities], axis=-1)
         variables = {
             "params": params,
             "batch_stats": state.companions["detector"].batch_stats,

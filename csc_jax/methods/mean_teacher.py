@@ -35,9 +35,8 @@ class MeanTeacher(Method):
         task, config = self.task, self.task.config.method
         student_key, student_dropout, teacher_key, teacher_dropout = jax.random.split(key, 4)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
-        images = jnp.concatenate([labeled["image"], unlabeled["image"]])
-        inside = jnp.concatenate([labeled["inside"], unlabeled["inside"]])
-        images_l = labeled["image"].shape[0]
+        images = shared.join(labeled["image"], unlabeled["image"])
+        inside = shared.join(labeled["inside"], unlabeled["inside"])
 
         student, batch_stats = task.train_forward(
             params["student"],
@@ -56,19 +55,17 @@ class MeanTeacher(Method):
             projection=False,
         )
         teacher, _ = teach()
-        loss_s = task.supervised_loss(
-            student.logits[:images_l],
-            None if student.aux is None else student.aux[:images_l],
-            labeled["label"],
-        )
+        of_labeled, _ = shared.split(student, labeled["image"], unlabeled["image"])
+        loss_s = task.supervised_loss(of_labeled.logits, of_labeled.aux, labeled["label"])
         counted = augment.nearest(inside, shared.size_of(student.logits))
         loss_u = shared.consistency(student.logits, jax.nn.softmax(teacher.logits), counted)
         length = config.mean_teacher.ramp_up * task.total_steps
         ramp = shared.ramp_up(state.step, config.supervised_only, length)
         total = loss_s + config.mean_teacher.weight * ramp * loss_u
 
-        logits_u = resize_aligned(teacher.logits[images_l:], shared.size_of(images))
-        target, inside_u = jax.nn.softmax(logits_u), unlabeled["inside"]
+        _, teacher_u = shared.split(teacher.logits, labeled["image"], unlabeled["image"])
+        target = jax.nn.softmax(resize_aligned(teacher_u, shared.size_of(images)))
+        inside_u = unlabeled["inside"]
         metrics = {"loss_s": loss_s, "loss_u": loss_u, "ramp_up": ramp}
         metrics |= shared.pseudo_label_metrics(
             shared.likeliest(target, inside_u), inside_u, unlabeled["label"]
@@ -76,9 +73,10 @@ class MeanTeacher(Method):
         pixels = None
         if self.with_pixels:
             # Up to the first dropout it is the pass above, which XLA does not compute again.
-            logits_u = teach(dropout=False)[0].logits[images_l:]
-            confident = shared.confident_labels(logits_u, inside_u, config.pseudo_label.threshold)
-            labels = jnp.concatenate([labeled["label"].astype(jnp.int32), confident])
+            certain = teach(dropout=False)[0].logits
+            _, teacher_u = shared.split(certain, labeled["image"], unlabeled["image"])
+            confident = shared.confident_labels(teacher_u, inside_u, config.pseudo_label.threshold)
+            labels = shared.join(labeled["label"].astype(jnp.int32), confident)
             features = shared.bank_features(
                 task, state, student, labeled["image"], unlabeled["image"]
             )

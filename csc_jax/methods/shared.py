@@ -1,5 +1,8 @@
 """What several methods do alike."""
 
+import math
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -9,6 +12,8 @@ from csc_jax import augment, losses
 from csc_jax.methods.base import Pixels, Task
 from csc_jax.models import Outputs, resize_aligned
 from csc_jax.state import TrainState
+
+_Tree = TypeVar("_Tree")  # pytree of arrays
 
 
 def ramp_up(step: Array, start: int, length: float) -> Array:
@@ -79,24 +84,46 @@ def strong_view(key: Array, weak: Array, config: ConfigDict) -> tuple[Array, Arr
     return augment.mix(mask, augment.photometric(photo_key, weak, config)), mask
 
 
-def split(outputs: Outputs, *images: Array) -> list[Outputs]:
-    """Takes the outputs of images (Bi, ...) apart that went through the network as one batch.
+def join(*batches: _Tree) -> _Tree:
+    """Returns batches, pytrees of (Bi, ...) arrays, as one.
 
-    Outputs that were only made for the first of them (`aux`) are given to those.
+    With G the greatest common divisor of all Bi, it has G groups, each of B1 / G images of the
+    first batch, then B2 / G of the second, and so on. Each device thereby keeps the images that it
+    has, where one batch behind the other would move most of them to another device. BatchNorm and
+    means do not depend on the order.
     """
-    parts: list[Outputs] = []
+    groups = math.gcd(*(jax.tree.leaves(each)[0].shape[0] for each in batches))
+
+    def deal(*arrays: Array) -> Array:
+        dealt = [x.reshape(groups, -1, *x.shape[1:]) for x in arrays]
+        return jnp.concatenate(dealt, axis=1).reshape(-1, *arrays[0].shape[1:])
+
+    joined: _Tree = jax.tree.map(deal, *batches)
+    return joined
+
+
+def split(joined: _Tree, *batches: Array) -> list[_Tree]:
+    """Takes apart what `join` has put together, or what a network made of it.
+
+    Arrays that were only made for the first of the batches (`Outputs.aux`) are given to those.
+
+    Args:
+      joined: pytree of arrays whose first axis is that of a joined batch.
+      batches: (Bi, ...), the batches that were joined, for their sizes.
+    """
+    groups = math.gcd(*(each.shape[0] for each in batches))
+    parts: list[_Tree] = []
     start = 0
-    for each in images:
-        end = start + each.shape[0]
-        parts.append(jax.tree.map(lambda x, a=start, b=end: x[a:b], outputs))
+    for each in batches:
+        end = start + each.shape[0] // groups
+
+        def take(x: Array, start: int = start, end: int = end) -> Array:
+            group = x.reshape(groups, -1, *x.shape[1:])
+            return group[:, start:end].reshape(-1, *x.shape[1:])
+
+        parts.append(jax.tree.map(take, joined))
         start = end
     return parts
-
-
-def join(first: Outputs, second: Outputs) -> Outputs:
-    """Returns two batches of outputs as one."""
-    joined: Outputs = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
-    return joined
 
 
 def size_of(x: Array) -> tuple[int, int]:
@@ -108,7 +135,8 @@ def pixels(student: Outputs, bank_features: Array, labels: Array) -> Pixels:
     """Returns what a contrastive module on top of a method needs.
 
     Args:
-      student: of the images; the network was asked for its projection.
+      student: of the images, `join`ed where there are two batches; the network was asked for its
+        projection.
       bank_features: (B, h, w, D), see `bank_features`.
       labels: (B, H, W) int ground truth and pseudo-labels of the images as the student saw them.
     """
@@ -136,20 +164,20 @@ def bank_features(
     Args:
       task: the task.
       state: the state before the step.
-      student: its outputs on labelled and unlabelled images.
+      student: its outputs on labelled and unlabelled images, as `join` has them.
       labeled: (Bl, H, W, 3).
       unlabeled: (Bu, H, W, 3) weak views; None for a method that sees none.
       mask: (Bu, H, W) bool of CutMix, None without it.
     """
     if task.config.contrast.bank_source == "student":
         return jax.lax.stop_gradient(_projection(student))
-    images = labeled if unlabeled is None else jnp.concatenate([labeled, unlabeled])
+    images = labeled if unlabeled is None else join(labeled, unlabeled)
     features = _projection(task.eval_forward(state.teacher, images, projection=True))
-    if mask is None:
+    if unlabeled is None or mask is None:
         return features
-    features_l, features_u = features[: labeled.shape[0]], features[labeled.shape[0] :]
+    features_l, features_u = split(features, labeled, unlabeled)
     small = augment.nearest(mask, size_of(features))
-    return jnp.concatenate([features_l, augment.mix(small, features_u)])
+    return join(features_l, augment.mix(small, features_u))
 
 
 def pseudo_label_metrics(pseudo: Array, inside: Array, truth: Array) -> dict[str, Array]:

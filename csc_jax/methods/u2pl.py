@@ -26,6 +26,7 @@ from flax import struct
 from jax import Array
 
 from csc_jax import augment, losses
+from csc_jax.contrast import devices
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
 from csc_jax.models import Outputs, resize_aligned
@@ -81,7 +82,7 @@ class U2PL(Method):
         mask = augment.cutmix_mask(mix_key, weak.shape[0], size, config.cutmix)
         strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
         pseudo_mixed = augment.mix(mask, pseudo)
-        images = jnp.concatenate([labeled["image"].astype(jnp.float32), strong])
+        images = shared.join(labeled["image"].astype(jnp.float32), strong)
         student, batch_stats = task.train_forward(
             params["student"], state.student.batch_stats, images, dropout_key, projection=True
         )
@@ -107,7 +108,7 @@ class U2PL(Method):
             self._contrast,
             lambda key, student, teacher, candidates, queues: (jnp.zeros(()), queues),
             sample_key,
-            _flat(student),
+            _flat(student).astype(jnp.float32),
             _flat(teacher),
             candidates,
             state.method_state,
@@ -117,7 +118,7 @@ class U2PL(Method):
 
         pixels = None
         if self.with_pixels:
-            labels = jnp.concatenate([labeled["label"].astype(jnp.int32), reliable])
+            labels = shared.join(labeled["label"].astype(jnp.int32), reliable)
             features = shared.bank_features(task, state, student, labeled["image"], weak, mask)
             pixels = shared.pixels(student, features, labels)
         metrics = {"loss_s": loss_s, "loss_u": loss_u, "loss_u2pl": loss_c}
@@ -150,7 +151,7 @@ class U2PL(Method):
         """Returns who may be anchor and who negative (their Sec. 3.3).
 
         Args:
-          probabilities: (B, h, w, C), the teacher's.
+          probabilities: (B, h, w, C), the teacher's, as `shared.join` has the halves.
           labels_l: (Bl, h, w) ground truth.
           labels_u: (Bu, h, w) pseudo-labels.
           low: (Bu, h, w) bool, of low entropy.
@@ -159,18 +160,16 @@ class U2PL(Method):
         config = self.task.config.method.u2pl
         classes, known = self.task.num_classes, labels_l != losses.IGNORE
         likely, unlikely = config.ranks
-        sure = jnp.concatenate([known, low])
-        labels = jnp.concatenate([labels_l, labels_u])
+        sure = shared.join(known, low)
+        labels = shared.join(labels_l, labels_u)
         rank = jnp.argsort(jnp.argsort(-probabilities, axis=-1), axis=-1)  # 0 = the likeliest
-        rank_l, rank_u = rank[: labels_l.shape[0]], rank[labels_l.shape[0] :]
+        rank_l, rank_u = shared.split(rank, labels_l, labels_u)
         own = labels[..., None] == jnp.arange(classes)[None, None, None]
         anchors = own & sure[..., None] & (probabilities > config.anchor_probability)
-        of_other = known[..., None] & ~own[: labels_l.shape[0]]
-        negatives = jnp.concatenate(
-            [
-                of_other & (rank_l < likely),
-                high[..., None] & (rank_u >= likely) & (rank_u < unlikely),
-            ]
+        of_other = known[..., None] & ~shared.split(own, labels_l, labels_u)[0]
+        negatives = shared.join(
+            of_other & (rank_l < likely),
+            high[..., None] & (rank_u >= likely) & (rank_u < unlikely),
         )
         return Candidates(anchors.reshape(-1, classes).T, negatives.reshape(-1, classes).T)
 
@@ -183,17 +182,21 @@ class U2PL(Method):
         """
         config, sizes = self.task.config.method.u2pl, self._sizes()
         teacher = jax.lax.stop_gradient(teacher)
-        queues = enqueue(queues, teacher, candidates.negatives, sizes)
         weight = candidates.anchors.astype(jnp.float32)  # (C, N)
-        count = jnp.sum(weight, axis=1)
-        positives = weight @ teacher / jnp.maximum(count, 1.0)[:, None]  # (C, D)
+        positives = weight @ teacher.astype(jnp.float32)  # (C, D), a sum yet
+        # A pixel of any device may enter a queue or be drawn: each device is sent all of them once,
+        # in the compute dtype, as the loops below would ask for them again and again.
+        teacher, candidates = devices.on_every_device((teacher, candidates))
+        queues = enqueue(queues, teacher.astype(jnp.float32), candidates.negatives, sizes)
+        running = jnp.cumsum(candidates.anchors, axis=1, dtype=jnp.float32)
+        count = running[:, -1]
+        positives = positives / jnp.maximum(count, 1.0)[:, None]
         starts = jnp.asarray([sum(sizes[:c]) for c in range(len(sizes))], jnp.int32)
         anchor_key, negative_key = jax.random.split(key)
         classes = len(sizes)
 
         # The k-th of a class's anchors is where their running count passes k.
         drawn = jax.random.uniform(anchor_key, (classes, config.anchors)) * count[:, None]
-        running = jnp.cumsum(weight, axis=1)
         index = jax.vmap(lambda r, d: jnp.searchsorted(r, d, side="right"))(running, drawn)
         anchors = student[jnp.minimum(index, student.shape[0] - 1)]  # (C, M, D)
         shape = (classes, config.anchors, config.negatives)
@@ -275,10 +278,9 @@ def enqueue(queues: Queues, features: Array, chosen: Array, sizes: list[int]) ->
 
 
 def _flat(outputs: Outputs) -> Array:
-    """(N, D) float32 features of a batch."""
+    """(N, D) features of a batch, in the compute dtype."""
     assert outputs.projection is not None
-    features = outputs.projection.astype(jnp.float32)
-    return features.reshape(-1, features.shape[-1])
+    return outputs.projection.reshape(-1, outputs.projection.shape[-1])
 
 
 def _unit(x: Array) -> Array:

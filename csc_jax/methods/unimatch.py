@@ -43,22 +43,23 @@ class UniMatch(Method):
         size = shared.size_of(inside)
         strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_view)
         strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
-        images_l = labeled["image"].shape[0]
 
         def with_perturbed_weak(features: Features) -> Features:
             low_key, deep_key = jax.random.split(feature_key)
-            rate = config.unimatch.feature_dropout
-            low = drop_channels(low_key, features.low[images_l:], rate)
-            deep = drop_channels(deep_key, features.deep[images_l:], rate)
+
+            def add(key: Array, x: Array) -> Array:
+                of_labeled, of_weak = shared.split(x, labeled["image"], weak)
+                dropped = drop_channels(key, of_weak, config.unimatch.feature_dropout)
+                return shared.join(of_labeled, of_weak, dropped)
+
             return features._replace(
-                low=jnp.concatenate([features.low, low]),
-                deep=jnp.concatenate([features.deep, deep]),
+                low=add(low_key, features.low), deep=add(deep_key, features.deep)
             )
 
         student, batch_stats = task.train_forward(
             params["student"],
             state.student.batch_stats,
-            jnp.concatenate([labeled["image"], weak]),
+            shared.join(labeled["image"], weak),
             weak_key,
             projection=self.with_pixels,
             dropout=False,
@@ -67,7 +68,7 @@ class UniMatch(Method):
         strong, batch_stats = task.train_forward(
             params["student"],
             batch_stats,
-            jnp.concatenate([strong1, strong2]),
+            shared.join(strong1, strong2),
             strong_key,
             projection=self.with_pixels,
         )
@@ -92,7 +93,7 @@ class UniMatch(Method):
             both = shared.join(of_labeled, of_strong1)
             features = shared.bank_features(task, state, both, labeled["image"], weak, mask1)
             mixed = augment.mix(mask1, pseudo)
-            labels = jnp.concatenate([labeled["label"].astype(jnp.int32), mixed])
+            labels = shared.join(labeled["label"].astype(jnp.int32), mixed)
             pixels = shared.pixels(both, features, labels)
         metrics = {"loss_s": loss_s, "loss_u": loss_u / 2.0, "loss_f": loss_f}
         metrics |= shared.pseudo_label_metrics(pseudo, inside, unlabeled["label"])

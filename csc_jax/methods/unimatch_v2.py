@@ -41,15 +41,14 @@ class UniMatchV2(Method):
         pseudo = self.pseudo_labels(key, state, weak, inside)
         strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_view)
         strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
-        start, middle = labeled["image"].shape[0], labeled["image"].shape[0] + weak.shape[0]
 
         def with_fewer_channels(features: Features) -> Features:
             share_key, *keys = jax.random.split(feature_key, 3)
             dropped = draw_dropped(share_key, weak.shape[0], config.unimatch_v2.dropped)
 
             def drop(key: Array, x: Array) -> Array:
-                views = drop_complementary(key, x[start:middle], x[middle:], dropped)
-                return jnp.concatenate([x[:start], *views])
+                of_labeled, x1, x2 = shared.split(x, labeled["image"], strong1, strong2)
+                return shared.join(of_labeled, *drop_complementary(key, x1, x2, dropped))
 
             return features._replace(
                 low=drop(keys[0], features.low), deep=drop(keys[1], features.deep)
@@ -58,7 +57,7 @@ class UniMatchV2(Method):
         student, batch_stats = task.train_forward(
             params["student"],
             state.student.batch_stats,
-            jnp.concatenate([labeled["image"], strong1, strong2]),
+            shared.join(labeled["image"].astype(jnp.float32), strong1, strong2),
             dropout_key,
             projection=self.with_pixels,
             perturb=with_fewer_channels,
@@ -82,7 +81,7 @@ class UniMatchV2(Method):
             both = shared.join(of_labeled, of_strong1)
             features = shared.bank_features(task, state, both, labeled["image"], weak, mask1)
             mixed = augment.mix(mask1, pseudo)
-            labels = jnp.concatenate([labeled["label"].astype(jnp.int32), mixed])
+            labels = shared.join(labeled["label"].astype(jnp.int32), mixed)
             pixels = shared.pixels(both, features, labels)
         metrics = {"loss_s": loss_s, "loss_u": loss_u}
         metrics |= shared.pseudo_label_metrics(pseudo, inside, unlabeled["label"])

@@ -176,7 +176,8 @@ class Program:
                 body = line.attribute("body").lstrip("%")
                 if turns is None:
                     self.unknown_loops.append(body)
-                found += self._walk(body, times * (1 if turns is None else turns), in_loop=True)
+                for part in (body, line.attribute("condition").lstrip("%")):
+                    found += self._walk(part, times * (1 if turns is None else turns), in_loop=True)
             elif line.opcode == "conditional":
                 names = line.attribute("branch_computations") or ",".join(
                     line.attribute(f"{value}_computation") for value in ("true", "false")
