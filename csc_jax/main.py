@@ -23,11 +23,12 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from csc_jax import command_help, stored_config
+from csc_jax import command_help, output, paths, stored_config
 from csc_jax import config as config_lib
 from csc_jax.config import checks as config_checks
 from csc_jax.config import files as config_files
 from csc_jax.errors import Diverged, Interrupted, UserError
+from csc_jax.text import printable
 
 # What imports JAX, which takes a second, is imported where a run begins: help and errors of the
 # command line come at once.
@@ -103,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         config = parse(argv)
         _check_required()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_status
     from csc_jax.parallel import distributed
 
@@ -111,14 +112,18 @@ def main(argv: Sequence[str]) -> int:
     try:
         dispatch(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         exit_status = error.exit_status
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         exit_status = stopped.exit_status
-    except Exception:
+    except Exception as error:
         if not distributed.several():
-            raise
+            if not isinstance(error, OSError) or not isinstance(error.filename, str):
+                raise
+            # A file of the user's that nothing nearer to it has explained.
+            print(f"error: {_unusable(error)}", file=sys.stderr)
+            return UserError.exit_status
         traceback.print_exc()
         distributed.abandon()
     return distributed.leave(exit_status)
@@ -129,9 +134,12 @@ def log_to_terminal() -> None:
 
     Of several processes the first prints all, the others their warnings.
     """
+    output.outlive_readers()
     log = logging.getLogger("csc_jax")
     if not log.handlers:
-        log.addHandler(logging.StreamHandler(sys.stdout))
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(output.Formatter())
+        log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False  # absl has put a handler of its own on the root
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every save
@@ -181,7 +189,7 @@ def dispatch(config: ConfigDict) -> None:
         log = logging.getLogger("csc_jax")
         log.setLevel(logging.WARNING)
         for handler in log.handlers:
-            handler.setFormatter(logging.Formatter(f"process {jax.process_index()}: %(message)s"))
+            handler.setFormatter(output.Formatter(f"process {jax.process_index()}: %(message)s"))
     if _SAVE_PREDICTIONS.value and _MODE.value != "evaluate":
         raise UserError(
             f"--save_predictions goes with --mode=evaluate, not with --mode={_MODE.value}."
@@ -224,8 +232,20 @@ def use_compilation_cache() -> None:
         return
     import jax
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "csc_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    try:
+        cache = paths.given("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+    except UserError as error:  # no reason not to run
+        logging.getLogger("csc_jax").info("Compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache / "csc_jax" / "xla"))
+
+
+def _unusable(error: OSError) -> str:
+    """Returns what is said of a file that cannot be read or written."""
+    return printable(
+        f"{error.filename}: {error.strerror}. Grant access to it, or make room, then "
+        "give the same command again."
+    )
 
 
 def _check_required() -> None:

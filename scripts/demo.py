@@ -19,6 +19,7 @@ import synthetic  # noqa: E402 - the config file beside this folder
 from csc_jax import main  # noqa: E402
 from csc_jax.errors import Interrupted, UserError  # noqa: E402
 from csc_jax.reporting import writers  # noqa: E402
+from csc_jax.text import printable  # noqa: E402
 from csc_jax.training.loop import train  # noqa: E402
 
 METHODS = ("supervised", "csc")
@@ -53,7 +54,7 @@ def run() -> int:
                 scores = train(config, _workdir(arguments.workdir, method, seed))
                 miou[method].append(100 * scores.miou)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_status
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)

@@ -15,6 +15,7 @@ from csc_jax import stored_config
 from csc_jax.errors import UserError
 from csc_jax.evaluation import score
 from csc_jax.models.weights import to_torch_state_dict
+from csc_jax.text import printable
 
 
 def run() -> int:
@@ -28,7 +29,7 @@ def run() -> int:
     try:
         export(options.workdir, options.out, options.checkpoint, options.network)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     print(options.out)
     return 0

@@ -22,6 +22,7 @@ from csc_jax.errors import UserError
 from csc_jax.models.weight_files import STUDENT, TEACHER, locate, read_weights
 from csc_jax.models.weights import convert_torch_state_dict, drop_absent_heads
 from csc_jax.state import Network
+from csc_jax.text import printable
 from csc_jax.training.checkpoint import Checkpointer
 from csc_jax.training.experiment import build, load_data
 from csc_jax.training.loop import describe
@@ -45,7 +46,7 @@ def run() -> int:
         workdir = Path(flags.FLAGS.workdir)
         import_weights(config, weights.value, workdir, strict=strict.value)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     return 0
 

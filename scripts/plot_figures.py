@@ -20,6 +20,7 @@ from csc_jax.errors import UserError
 from csc_jax.evaluation import score
 from csc_jax.reporting import visualize, writers
 from csc_jax.state import TrainState
+from csc_jax.text import printable
 from csc_jax.training.experiment import Experiment
 
 
@@ -47,7 +48,7 @@ def run() -> int:
             options.out or options.workdir / "plots",
         )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from csc_jax import command_help, data, main
 from csc_jax.errors import UserError
+from csc_jax.text import name, printable
 
 
 def run(argv: Sequence[str]) -> int:
@@ -25,14 +26,14 @@ def run(argv: Sequence[str]) -> int:
         dataset = data.load(config.data)
         lists = data.partition(config.data, dataset, config.seed)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     for split, source in dataset.sources.items():
         labeled = len(source) - len(source.without_label)
         some = f", {labeled} with a label" if source.without_label else ""
         height, width = source.max_size
         print(f"{split:<5} {len(source):>5} images{some}, up to {height}x{width} px")
-    print(f"{len(dataset.class_names)} classes: {', '.join(dataset.class_names)}")
+    print(f"{len(dataset.class_names)} classes: {', '.join(map(name, dataset.class_names))}")
     print(
         f"A run with this config has {len(lists.labeled)} labelled and {len(lists.unlabeled)} "
         "unlabelled images."
