@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 from csc_jax.text import printable
@@ -68,6 +69,6 @@ def outlive_readers() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # `>&-`: the next file to be opened would take the descriptor's place
-            stream = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+            stream = Path(os.devnull).open("w")  # noqa: SIM115 - for good
         if not isinstance(stream, Outliving):
             setattr(sys, name, Outliving(stream))

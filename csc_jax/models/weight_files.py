@@ -1,25 +1,22 @@
-"""Files of weights as NumPy arrays: .safetensors, and what `torch.save` writes without PyTorch.
+"""Files of weights as NumPy arrays: .safetensors, and what `torch.save` writes (`torch_files`).
 
-A pickle is a program. The reader here runs none of it: it knows the few names that build tensors
-and refuses every other. Where PyTorch is installed, its own reader of that kind is used.
+Whatever is in a file, and whatever is wrong with it, ends in its arrays or in a UserError.
 """
 
-import collections
 import importlib.util
-import pickle
+import json
 import struct
-import sys
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from csc_jax import paths
 from csc_jax.errors import UserError
+from csc_jax.models.torch_files import Hostile, Tensor, TorchFile
+from csc_jax.text import name as printable_name
 
 StateDict = dict[str, np.ndarray]
 
@@ -50,8 +47,15 @@ def locate(source: str) -> Path:
         return _in_package(name)
     if kind == "hf":
         return _on_hub(name)
-    path = Path(source).expanduser()
-    if not path.is_file():
+    path = paths.given("model.pretrained", source)
+    try:
+        there = path.is_file()
+    except OSError as error:  # a folder on the way that may not be looked into
+        raise UserError(
+            f"model.pretrained is {source!r}, which cannot be reached: {error.strerror}. Grant "
+            "access to it, or give another file."
+        ) from error
+    if not there:
         raise UserError(
             f"model.pretrained is {source!r}, and there is no such file. It takes a path, "
             f"hf:OWNER/REPO/FILE, pip:{', pip:'.join(_PACKAGES)} or none."
@@ -106,27 +110,21 @@ def read_weights(path: Path, keys: Sequence[str] = TEACHER) -> StateDict:
       keys: where the file holds several, the first of these that it has.
 
     Raises:
-      UserError: the file cannot be read, asks for more than tensors, or holds no state dict.
+      UserError: the file cannot be read, asks for more than tensors or more than it can hold, or
+        holds no state dict.
     """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = _read_torch(path)
-    except (SafetensorError, zipfile.BadZipFile, struct.error, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged or no file of weights: {error}.") from error
-    # RuntimeError is what PyTorch raises for a damaged archive.
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a file of weights: {error!r}.") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict.")
-    state = {k: v for k, v in unwrap(content, keys).items() if isinstance(v, np.ndarray)}
-    if not state:
-        names = ", ".join(map(str, list(content)[:8]))
-        raise UserError(
-            f"{path} is no state dict, nor does it hold one under {', '.join(keys)}; its keys are "
-            f"{names or 'none'}."
-        )
-    return state
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, keys)
+    except _NoStateDict as error:
+        raise UserError(f"{path} {error}") from None
+    except Hostile as error:
+        raise UserError(f"{path} is damaged or no file of weights ({error}).") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+    # Of a file that is damaged, or made to do harm, readers raise nearly anything.
+    except Exception as error:
+        reason = printable_name(f"{type(error).__name__}: {error}")[:_SHOWN]
+        raise UserError(f"{path} cannot be read as a file of weights ({reason}).") from error
 
 
 def unwrap(content: Mapping[str, Any], keys: Sequence[str] = TEACHER) -> Mapping[str, Any]:
@@ -135,161 +133,60 @@ def unwrap(content: Mapping[str, Any], keys: Sequence[str] = TEACHER) -> Mapping
     return next(inside, content)
 
 
-def _read_torch(path: Path) -> Any:
-    """Returns what `torch.save` was given, tensors as arrays; numbers of NumPy are lost."""
-    if importlib.util.find_spec("torch"):
-        return _read_with_torch(path)
-    with path.open("rb") as file:
-        if zipfile.is_zipfile(file):
-            return _read_zip(file)
-        file.seek(0)
-        return _read_legacy(file)
+class _NoStateDict(Exception):
+    """The file can be read; the message goes on after its path."""
 
 
-def _read_with_torch(path: Path) -> Any:
-    import torch
-
-    def to_numpy(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            exact = value.float() if value.dtype == torch.bfloat16 else value
-            return exact.detach().numpy()
-        if isinstance(value, Mapping):
-            return {key: to_numpy(inner) for key, inner in value.items()}
-        return value
-
-    # The lineage's checkpoints also hold their best score, a scalar of NumPy.
-    scalars = [(_Discarded, f"{module}.{name}") for module, name in _DISCARDED]
-    with torch.serialization.safe_globals([*scalars, _Discarded]):
-        return to_numpy(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def _read_zip(file: BinaryIO) -> Any:
-    """Reads the format of torch >= 1.6: a zip archive of one pickle and a file per storage."""
-    with zipfile.ZipFile(file) as archive:
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise UserError(f"{file.name} is a zip archive, but none that torch.save wrote.")
-        folder = pickles[0].removesuffix("data.pkl")
-        if f"{folder}byteorder" in archive.namelist():
-            _check_byteorder(archive.read(f"{folder}byteorder").decode())
-
-        def storage(key: str, dtype: np.dtype, numel: int) -> np.ndarray:
-            return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype, numel)
-
-        with archive.open(pickles[0]) as stream:
-            return _Unpickler(stream, storage).load()
-
-
-def _read_legacy(file: BinaryIO) -> Any:
-    """Reads the format before torch 1.6: five pickles, then every storage, one after the other."""
-    size = Path(file.name).stat().st_size
-    storages: dict[str, np.ndarray] = {}
-
-    def storage(key: str, dtype: np.dtype, numel: int) -> np.ndarray:
-        if numel * dtype.itemsize > size:
-            raise ValueError(f"storage {key} would be larger than the file")
-        return storages.setdefault(key, np.zeros(numel, dtype))  # filled below
-
-    def load() -> Any:
-        return _Unpickler(file, storage).load()
-
-    if load() != 0x1950A86A20F9469CFC6C or load() != 1001:
-        raise pickle.UnpicklingError("it does not begin as torch.save does")
-    _check_byteorder("little" if load()["little_endian"] else "big")
-    content = load()
-    for key in load():
-        array = storages[key]
-        (numel,) = struct.unpack("<q", file.read(8))
-        if numel != len(array):
-            raise ValueError(f"storage {key} has {numel} elements in place of {len(array)}")
-        array[:] = np.frombuffer(file.read(array.nbytes), array.dtype)
-    return content
-
-
-def _check_byteorder(order: str) -> None:
-    if order != sys.byteorder:
-        raise UserError(f"The weights were written on a machine of {order} byte order.")
-
-
-_DTYPES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
-
-
-class _Discarded:
-    """Stands for a scalar of NumPy and for what it is made of."""
-
-    def __init__(self, *_: object):
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-_DISCARDED = (
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits dictionaries, lists, numbers, strings and tensors, and nothing else."""
-
-    def __init__(self, file: Any, storage: Callable[[str, np.dtype, int], np.ndarray]):
-        super().__init__(file)
-        self._storage = storage
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _DTYPES:
-            return np.dtype(_DTYPES[name])
-        if (module, name) in _DISCARDED:
-            return _Discarded
-        # Bound methods, because a pickle can set attributes of what it is given.
-        allowed = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): self._parameter,
-        }
-        if (module, name) not in allowed:
-            raise UserError(
-                f"The weights ask for {module}.{name}, which is no part of a tensor; it was not "
-                "run. Save the state dict alone: torch.save(model.state_dict(), FILE)."
+def _read_torch(path: Path, keys: Sequence[str]) -> StateDict:
+    with TorchFile(path) as file:
+        content = file.content
+        if not isinstance(content, dict):
+            raise _NoStateDict(f"holds a {type(content).__name__}, not a state dict.")
+        content = dict(dict.items(content))  # nothing but a dictionary: a pickle may add to one
+        chosen = dict(dict.items(unwrap(content, keys)))  # type: ignore[arg-type]
+        tensors = {key: value for key, value in chosen.items() if isinstance(value, Tensor)}
+        if not tensors:
+            raise _NoStateDict(
+                f"is no state dict, nor does it hold one under {', '.join(keys)}; its keys are "
+                f"{', '.join(map(_shown, list(content)[:8])) or 'none'}."
             )
-        return allowed[module, name]
+        unnamed = [key for key in tensors if not isinstance(key, str)]
+        if unnamed:
+            raise _NoStateDict(f"has {_shown(unnamed[0])} in place of an array's name.")
+        return file.arrays(tensors)
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        kind, dtype, key, _, numel, *view = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or any(v is not None for v in view):
-            raise pickle.UnpicklingError(f"unknown kind of storage {kind!r}")
-        return self._storage(key, dtype, numel)
 
-    def _tensor(
-        self,
-        storage: np.ndarray,
-        offset: int,
-        size: tuple[int, ...],
-        stride: tuple[int, ...],
-        *_: object,
-    ) -> np.ndarray:
-        if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
-            raise ValueError("a tensor with impossible sizes or strides")
-        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        count = int(np.prod(size, dtype=np.int64))
-        if count and (last >= len(storage) or count > len(storage)):
-            raise ValueError("a tensor beyond the end of its storage")
-        strides = [step * storage.itemsize for step in stride]
-        return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+def _read_safetensors(path: Path) -> StateDict:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(path.stat().st_size - 8, _MOST_HEADER):
+            raise Hostile("a header longer than the file, or than any")
+        header = json.loads(file.read(length), object_pairs_hook=_without_repetition)
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    for name, entry in entries.items():
+        if entry["dtype"] not in _SAFE_DTYPES:
+            raise _NoStateDict(
+                f"holds {_shown(name)} as {_shown(entry['dtype'])}, which is not read; save the "
+                f"weights as one of {', '.join(_SAFE_DTYPES)}."
+            )
+    return load_file(path)
 
-    def _parameter(self, data: np.ndarray, *_: object) -> np.ndarray:
-        return data
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise Hostile("one name twice")
+    return dict(pairs)
+
+
+def _shown(key: object) -> str:
+    """Returns what an error says of a key, which may be anything."""
+    return printable_name(key)[:_SHOWN] if isinstance(key, str) else f"a {type(key).__name__}"
+
+
+# Those that an array of NumPy can have (safetensors, "Format").
+_SAFE_DTYPES = (
+    *("F64", "F32", "F16", "BF16"),
+    *("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"),
+)
+_MOST_HEADER = 100_000_000  # bytes (safetensors, "Format")
+_SHOWN = 120  # characters of a key or of somebody else's error
