@@ -5,23 +5,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from csc_jax.models import winograd
-
 # Share of useful products below which `_convolve_by_taps` is taken. With its gradients it was 1.8
 # times as fast on a CPU at a share of 0.4, 4 times at 0.2, 13 times at 0.11; XLA won above 0.5.
 _TAPS_BELOW = 0.45
-# Pixels of an output map from which a CPU takes `_kernel_gradient` or `winograd`: a small one gains
-# little, and they take longer to compile. On 2 cores, milliseconds by XLA and by the first: 502 and
-# 90 for (2, 161, 161, 64) to 128 channels; 1006 and 300 for (2, 81, 81, 512) to 256; 459 and 125
-# for (2, 41, 41, 512) to 512 at dilation 8; 10.6 and 6.0 for (8, 24, 24, 96) to 48; but 11 and 13
+# Pixels of an output map from which a CPU takes `_kernel_gradient`: a small one gains little, and
+# it takes longer to compile. On 2 cores, milliseconds by XLA and by it: 502 and 90 for
+# (2, 161, 161, 64) to 128 channels; 1006 and 300 for (2, 81, 81, 512) to 256; 459 and 125 for
+# (2, 41, 41, 512) to 512 at dilation 8; 10.6 and 6.0 for (8, 24, 24, 96) to 48; but 11 and 13
 # for (8, 12, 12, 512) to 64.
 _LARGE_MAP = 512
-# Of those, `winograd` where its sums cost less than the products that it saves, which takes
-# channels, and where its tiles do not reach far beyond the map. Value, gradient of the input and
-# that of the kernel were 2.4, 1.9 and 2.3 times as fast for (8, 24, 24, 96) to 96, and 2.0, 1.8 and
-# 1.5 for (2, 81, 81, 512) to 512; with 24 channels at (8, 24, 32) 1.1, 1.0 and 0.9.
-_WINOGRAD_CHANNELS = 48
-_WINOGRAD_COVERED = 1.5
 
 
 @partial(jax.jit, static_argnums=(2, 3))  # so that JAX traces it once for all layers of a shape
@@ -48,8 +40,6 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1
         return _convolve_by_taps(x, kernel.astype(x.dtype), dilation)
     if kernel.dtype == x.dtype and not _is_large(x, stride):
         return _by_xla(x, kernel, stride, dilation)
-    if stride == 1 and _suits_winograd(x, kernel, dilation):
-        return _convolve_by_winograd(x, kernel, dilation)
     return _convolve(x, kernel, stride, dilation)
 
 
@@ -90,62 +80,6 @@ def _backward_pixels(
 
 
 _convolve_pixels.defvjp(_forward_pixels, _backward_pixels)
-
-
-def _suits_winograd(x: jax.Array, kernel: jax.Array, dilation: int) -> bool:
-    return (
-        kernel.shape[0] == 3
-        and x.dtype == jnp.float32
-        and min(kernel.shape[2:]) >= _WINOGRAD_CHANNELS
-        and winograd.covered(x.shape[1], x.shape[2], dilation) <= _WINOGRAD_COVERED
-    )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve_by_winograd(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
-    """XLA's convolution, on a CPU that of `winograd`."""
-    return jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=partial(winograd.convolve, dilation=dilation),
-        default=partial(_by_xla, stride=1, dilation=dilation),
-    )
-
-
-def _forward_winograd(
-    x: jax.Array, kernel: jax.Array, dilation: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _convolve_by_winograd(x, kernel, dilation), (x, kernel)
-
-
-def _backward_winograd(
-    dilation: int, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    def by_winograd(
-        x: jax.Array, kernel: jax.Array, gradient: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        return (
-            winograd.input_gradient(kernel, gradient, dilation),
-            winograd.kernel_gradient(x, gradient, dilation),
-        )
-
-    def by_xla(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.vjp(lambda x, kernel: _by_xla(x, kernel, 1, dilation), x, kernel)[1](gradient)
-
-    def on_gpu(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-        by_x = jax.vjp(lambda x: _by_xla(x, kernel, 1, dilation), x)[1]
-        return by_x(gradient)[0], _kernel_gradient_at_once(x, kernel, gradient, dilation)
-
-    return jax.lax.platform_dependent(
-        *residuals,
-        gradient,
-        cpu=by_winograd,
-        cuda=by_xla if dilation == 1 else on_gpu,
-        default=by_xla,
-    )
-
-
-_convolve_by_winograd.defvjp(_forward_winograd, _backward_winograd)
 
 
 # XLA's convolution with gradients of the kernel of our own.
