@@ -71,11 +71,7 @@ def test_convolve_matches_its_definition(size, kernel_size, stride, dilation):
     ],
 )
 @pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize("large_map", [1, 10_000])  # at least, in pixels
-def test_gradients_of_convolutions_are_those_of_xla(
-    large_map, outputs, size, kernel_size, stride, dilation, monkeypatch
-):
-    monkeypatch.setattr(convolution, "_LARGE_MAP", large_map)
+def test_gradients_of_convolutions_are_those_of_xla(outputs, size, kernel_size, stride, dilation):
     rng = np.random.default_rng(1)
     pad = dilation * (kernel_size - 1) // 2
     x = rng.standard_normal((2, *size, 2)).astype(np.float32)
@@ -97,8 +93,7 @@ def test_gradients_of_convolutions_are_those_of_xla(
         scalar = jax.grad(lambda x, k: jnp.sum(conv(x, k) * weight), argnums=(0, 1))
         return jax.jit(scalar)(x, kernel)
 
-    # Not jitted: what JAX has traced with another `_LARGE_MAP` it would not trace again.
-    ours = gradient(lambda x, k: convolve.__wrapped__(x, k, stride, dilation))
+    ours = gradient(lambda x, k: convolve(x, k, stride, dilation))
     for mine, reference in zip(ours, gradient(plain), strict=True):
         np.testing.assert_allclose(mine, reference, atol=1e-5)
 
@@ -109,7 +104,7 @@ def test_the_kernel_gradient_of_a_gpu_is_that_of_xla(channels, size, dilation):
     rng = np.random.default_rng(4)
     x, gradient = (rng.standard_normal((2, *size, c)).astype(np.float32) for c in channels)
     kernel = rng.standard_normal((3, 3, *channels)).astype(np.float32)
-    ours = convolution._kernel_gradient_at_once(x, kernel, gradient, dilation)
+    ours = convolution._kernel_gradient_as_product(x, kernel, gradient, dilation)
     pull_back = jax.vjp(lambda k: convolution._by_xla(x, k, 1, dilation), kernel)[1]
     np.testing.assert_allclose(ours, pull_back(gradient)[0], rtol=1e-5, atol=1e-4)
 
@@ -142,9 +137,8 @@ def test_dilated_convolution_in_bfloat16_rounds_once():
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
-def test_gradients_of_large_maps_in_bfloat16_round_once(kernel_size, monkeypatch):
+def test_gradients_of_convolutions_in_bfloat16_round_once(kernel_size):
     """Sums of integers are exact in float32, so that only the last rounding is left."""
-    monkeypatch.setattr(convolution, "_LARGE_MAP", 1)
     rng = np.random.default_rng(3)
     x, kernel = (
         jnp.asarray(rng.integers(-9, 9, s), jnp.bfloat16)
@@ -154,7 +148,7 @@ def test_gradients_of_large_maps_in_bfloat16_round_once(kernel_size, monkeypatch
 
     def gradient(dtype):
         arguments = (x.astype(dtype), kernel.astype(dtype))
-        return jax.vjp(convolve.__wrapped__, *arguments)[1](weight.astype(dtype))
+        return jax.vjp(convolve, *arguments)[1](weight.astype(dtype))
 
     for ours, exact in zip(gradient(jnp.bfloat16), gradient(jnp.float32), strict=True):
         assert ours.dtype == jnp.bfloat16
@@ -166,15 +160,14 @@ GRADIENTS = [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2), (3, 2, 2)]
 
 
 @pytest.mark.parametrize(("size", "stride", "dilation"), GRADIENTS)
-def test_a_float32_kernel_has_float32_gradients_in_bfloat16(size, stride, dilation, monkeypatch):
+def test_a_float32_kernel_has_float32_gradients_in_bfloat16(size, stride, dilation):
     """Its sums of integers reach 10,000, which bfloat16 would round to multiples of 64."""
-    monkeypatch.setattr(convolution, "_LARGE_MAP", 1)
     rng = np.random.default_rng(3)
     x = rng.integers(-99, 99, (2, 9, 8, 3))
     kernel = rng.normal(size=(size, size, 3, 2)).astype(np.float32)
 
     def run(x, weight):
-        function = partial(convolve.__wrapped__, stride=stride, dilation=dilation)
+        function = partial(convolve, stride=stride, dilation=dilation)
         return jax.vjp(lambda kernel: function(x, kernel), kernel)[1](weight)[0]
 
     shape = (2, -(-9 // stride), -(-8 // stride), 2)

@@ -1,4 +1,4 @@
-"""The convolution of all networks, with faster paths where XLA's own is slow."""
+"""The convolution of all networks: PyTorch's, with gradients of its own for the kernel."""
 
 from functools import partial
 
@@ -8,12 +8,6 @@ import jax.numpy as jnp
 # Share of useful products below which `_convolve_by_taps` is taken. With its gradients it was 1.8
 # times as fast on a CPU at a share of 0.4, 4 times at 0.2, 13 times at 0.11; XLA won above 0.5.
 _TAPS_BELOW = 0.45
-# Pixels of an output map from which a CPU takes `_kernel_gradient`: a small one gains little, and
-# it takes longer to compile. On 2 cores, milliseconds by XLA and by it: 502 and 90 for
-# (2, 161, 161, 64) to 128 channels; 1006 and 300 for (2, 81, 81, 512) to 256; 459 and 125 for
-# (2, 41, 41, 512) to 512 at dilation 8; 10.6 and 6.0 for (8, 24, 24, 96) to 48; but 11 and 13
-# for (8, 12, 12, 512) to 64.
-_LARGE_MAP = 512
 
 
 @partial(jax.jit, static_argnums=(2, 3))  # so that JAX traces it once for all layers of a shape
@@ -33,21 +27,19 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1
     Returns:
         (B, h', w', F) with h' = ceil(h / stride), w' = ceil(w / stride).
     """
-    size = kernel.shape[0]
-    if size == 1:
+    if kernel.shape[0] == 1:
         return _convolve_pixels(x[:, ::stride, ::stride], kernel[0, 0])
-    if stride == 1 and _share_inside(x, size, dilation) < _TAPS_BELOW:
+    if stride == 1 and _share_inside(x, kernel.shape[0], dilation) < _TAPS_BELOW:
         return _convolve_by_taps(x, kernel.astype(x.dtype), dilation)
-    if kernel.dtype == x.dtype and not _is_large(x, stride):
-        return _by_xla(x, kernel, stride, dilation)
     return _convolve(x, kernel, stride, dilation)
 
 
 def _by_xla(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
+    kernel = kernel.astype(x.dtype)
     pad = _pad(kernel, dilation)  # explicit: "SAME" shifts a strided one on even sizes
     return jax.lax.conv_general_dilated(
         x,
-        kernel.astype(x.dtype),
+        kernel,
         window_strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
         rhs_dilation=(dilation, dilation),
@@ -82,7 +74,6 @@ def _backward_pixels(
 _convolve_pixels.defvjp(_forward_pixels, _backward_pixels)
 
 
-# XLA's convolution with gradients of the kernel of our own.
 _convolve = jax.custom_vjp(_by_xla, nondiff_argnums=(2, 3))
 
 
@@ -96,28 +87,23 @@ def _backward(
     stride: int, dilation: int, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    by_x = jax.vjp(lambda x: _by_xla(x, kernel, stride, dilation), x)[1]
+    by_x = jax.vjp(lambda x: _by_xla(x, kernel, stride, dilation), x)[1](gradient)[0]
 
     def by_xla(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
         return jax.vjp(lambda kernel: _by_xla(x, kernel, stride, dilation), kernel)[1](gradient)[0]
 
-    on_cpu = on_gpu = by_xla
-    if _is_large(x, stride):
-        on_cpu = partial(_kernel_gradient, stride=stride, dilation=dilation)
-        if dilation > 1 and stride == 1:
-            on_gpu = partial(_kernel_gradient_at_once, dilation=dilation)
-    as_convolution = partial(_kernel_gradient_as_convolution, stride=stride, dilation=dilation)
+    as_product = partial(_kernel_gradient_as_product, dilation=dilation)
     by_kernel = jax.lax.platform_dependent(
-        x, kernel, gradient, cpu=on_cpu, cuda=on_gpu, default=as_convolution
+        x,
+        kernel,
+        gradient,
+        cuda=as_product if dilation > 1 and stride == 1 else by_xla,
+        default=partial(_kernel_gradient_as_convolution, stride=stride, dilation=dilation),
     )
-    return by_x(gradient)[0], by_kernel
+    return by_x, by_kernel
 
 
 _convolve.defvjp(_forward, _backward)
-
-
-def _is_large(x: jax.Array, stride: int) -> bool:
-    return -(-x.shape[1] // stride) * -(-x.shape[2] // stride) >= _LARGE_MAP
 
 
 def _kernel_gradient_as_convolution(
@@ -137,31 +123,7 @@ def _kernel_gradient_as_convolution(
     )
 
 
-def _kernel_gradient(
-    x: jax.Array, kernel: jax.Array, gradient: jax.Array, stride: int, dilation: int
-) -> jax.Array:
-    """The gradient of the kernel as one matrix product per kernel element."""
-    size, channels = kernel.shape[0], x.shape[-1]
-    batch, height, width, features = gradient.shape
-    pad = _pad(kernel, dilation)
-    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    window = batch, stride * (height - 1) + 1, stride * (width - 1) + 1, channels
-    pixels = gradient.reshape(-1, features)  # (B h' w', F)
-
-    def element(index: jax.Array) -> jax.Array:  # () -> (K, F)
-        top, left = index // size * dilation, index % size * dilation
-        seen = jax.lax.dynamic_slice(padded, (0, top, left, 0), window)[:, ::stride, ::stride]
-        return jnp.einsum(
-            "ni,no->io", seen.reshape(-1, channels), pixels, preferred_element_type=jnp.float32
-        )
-
-    # As a loop: written out, the gradient of DeepLabv3+ with ResNet-50 at (2, 193, 193, 3) took
-    # 6.4 s in place of 5.8 and 14.2 s to compile in place of 11.9 (one core).
-    products = jax.lax.map(element, jnp.arange(size * size))
-    return products.reshape(kernel.shape).astype(kernel.dtype)
-
-
-def _kernel_gradient_at_once(
+def _kernel_gradient_as_product(
     x: jax.Array, kernel: jax.Array, gradient: jax.Array, dilation: int
 ) -> jax.Array:
     """The gradient of the kernel, for a stride of 1, as one matrix product for all its elements.
@@ -173,7 +135,7 @@ def _kernel_gradient_at_once(
     """
     size, pad = kernel.shape[0], _pad(kernel, dilation)
     shift_x = x.shape[-1] < gradient.shape[-1]
-    narrow = x if shift_x else gradient
+    narrow, wide = (x, gradient) if shift_x else (gradient, x)
     height, width = narrow.shape[1:3]
     padded = jnp.pad(narrow, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     starts = [i * dilation for i in range(size)]
@@ -184,7 +146,6 @@ def _kernel_gradient_at_once(
         axis=3,
     )  # (B, h, w, k k, channels)
     form = "bhwti,bhwo->tio" if shift_x else "bhwto,bhwi->tio"
-    wide = gradient if shift_x else x
     products = jnp.einsum(form, shifted, wide, preferred_element_type=jnp.float32)
     return products.reshape(kernel.shape).astype(kernel.dtype)
 
