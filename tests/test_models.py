@@ -109,33 +109,6 @@ def test_projection_head_can_be_left_out(tiny, variables, image):
     assert out.logits.shape == (2, 9, 11, 5)
 
 
-def test_one_convolution_for_both_heads_changes_nothing(tiny, variables, image, monkeypatch):
-    def traced():  # anew: what jax has traced before, it would not trace again
-        def both(params):
-            out = tiny.apply({**variables, "params": params}, image, train=False)
-            maps = out.logits, out.projection
-            return sum(jnp.mean(x**3) for x in maps), maps
-
-        return jax.jit(jax.value_and_grad(both, has_aux=True)).trace(variables["params"])
-
-    together = traced()
-    with monkeypatch.context() as patch:
-        patch.setattr(models.DeepLabV3Plus, "_first_convolutions", lambda *_: (None, None))
-        apart = traced()
-    assert _convolutions(together.jaxpr.jaxpr) < _convolutions(apart.jaxpr.jaxpr)
-    found, expected = (
-        program.lower().compile()(variables["params"]) for program in (together, apart)
-    )
-    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, found, expected)
-
-
-def _convolutions(jaxpr):
-    inside = [getattr(x, "jaxpr", x) for e in jaxpr.eqns for x in jax.tree.leaves(e.params)]
-    count = sum(e.primitive.name == "conv_general_dilated" for e in jaxpr.eqns)
-    return count + sum(_convolutions(x) for x in inside if hasattr(x, "eqns"))
-
-
 def test_training_mode(tiny, variables, image):
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
     def gradient(params, key):

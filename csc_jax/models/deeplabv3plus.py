@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from csc_jax.contrast import devices
 from csc_jax.models.backbones import low_size, make_backbone
-from csc_jax.models.convolution import convolve
 from csc_jax.models.layers import Conv, ConvNorm, Features
 from csc_jax.models.resize import resize_aligned
 
@@ -100,12 +99,9 @@ class DeepLabV3Plus(nn.Module):
         twice = train and self._remat_projection()
         kind = nn.remat(Head, static_argnums=(2,)) if twice else Head
         project = kind(self.projection_dim, depth=2, name="projection", **form)
-        first: tuple[jax.Array | None, jax.Array | None] = None, None
-        if projection and not twice and not self.is_initializing():
-            first = self._first_convolutions(fused)
         return Outputs(
-            logits=classify(fused, train, first[0]).astype(jnp.float32),
-            projection=project(fused, train, first[1]) if projection else None,
+            logits=classify(fused, train).astype(jnp.float32),
+            projection=project(fused, train) if projection else None,
             aux=aux(features.middle, train).astype(jnp.float32) if aux else None,
             encoded=encoded.astype(jnp.float32),
         )
@@ -114,17 +110,6 @@ class DeepLabV3Plus(nn.Module):
         if self.remat_projection is None:
             return devices.platform() != "cpu"
         return self.remat_projection
-
-    def _first_convolutions(self, fused: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The first convolutions of classifier and projection head, (B, h, w, decoder_width) each.
-
-        As one, since they read the same map, which saves a CPU about an eighth of their time.
-        """
-        params = self.variables["params"]
-        kernels = [params[name]["conv1"]["conv"]["kernel"] for name in ("classifier", "projection")]
-        kernel = jnp.concatenate(kernels, axis=-1)
-        classifier, project = jnp.split(convolve(fused.astype(self.dtype), kernel), 2, axis=-1)
-        return classifier, project
 
 
 class ASPP(nn.Module):
@@ -159,12 +144,11 @@ class Head(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, convolved: jax.Array | None = None) -> jax.Array:
-        """`convolved`, (B, h, w, width), is taken for x with the first kernel where it is given."""
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         form = {"dtype": self.dtype, "together": True}
         for i in range(1, self.depth + 1):
             conv = ConvNorm(self.width, use_bias=True, name=f"conv{i}", **form)
-            x = _dropout(self.dropout, train)(conv(x, train, convolved if i == 1 else None))
+            x = _dropout(self.dropout, train)(conv(x, train))
         return Conv(self.features, kernel_size=1, name="out", **form)(x)
 
 

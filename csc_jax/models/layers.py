@@ -91,16 +91,8 @@ class Conv(nn.Module):
     together: bool = False  # `gradients_together` of input and parameters
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, convolved: jax.Array | None = None, *, learn_bias: bool = True
-    ) -> jax.Array:
-        """Returns the convolution.
-
-        Args:
-          x: (B, h, w, K).
-          convolved: (B, h', w', features), taken for `x` with the kernel where it is given.
-          learn_bias: False gives the bias a gradient of zero.
-        """
+    def __call__(self, x: jax.Array, *, learn_bias: bool = True) -> jax.Array:
+        """Returns the convolution; learn_bias=False gives the bias a gradient of zero."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = parameter(self, "kernel", draw_kernel, shape)
         bias = None
@@ -109,9 +101,7 @@ class Conv(nn.Module):
             bias = (bias if learn_bias else jax.lax.stop_gradient(bias)).astype(self.dtype)
         if self.together:
             x, kernel, bias = gradients_together(x, kernel, bias)
-        y = convolved
-        if y is None:
-            y = convolve(x.astype(self.dtype), kernel, self.stride, self.dilation)
+        y = convolve(x.astype(self.dtype), kernel, self.stride, self.dilation)
         return y if bias is None else y + bias.reshape(1, 1, 1, -1)
 
 
@@ -162,8 +152,7 @@ class ConvNorm(nn.Module):
     together: bool = False  # as in `Conv`
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, convolved: jax.Array | None = None) -> jax.Array:
-        """`convolved` as in `Conv`."""
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         # The mean takes a bias out again, so that its gradient is zero. Left to itself it would be
         # a sum of rounding errors, for which a GPU keeps the map's gradient to the end of the step.
         x = Conv(
@@ -175,6 +164,6 @@ class ConvNorm(nn.Module):
             dtype=self.dtype,
             together=self.together,
             name="conv",
-        )(x, convolved, learn_bias=not train)
+        )(x, learn_bias=not train)
         x = BatchNorm(dtype=self.dtype, name="bn")(x, train)
         return nn.relu(x) if self.relu else x
