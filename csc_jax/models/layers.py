@@ -51,19 +51,6 @@ def parameter(
     return value
 
 
-@jax.jit
-def end_block(x: jax.Array) -> jax.Array:
-    """Returns `x`, the output of a residual block, and has a CPU keep it as an array of its own.
-
-    XLA's fusion there computes it anew for all that reads it, from what it was summed of, and that
-    in turn: the last block of ResNet-101's third stage from 120 arrays. The XLA of jax 0.10 does so
-    in spite of this.
-    """
-    return jax.lax.platform_dependent(
-        x, cpu=jax.lax.optimization_barrier, default=lambda unchanged: unchanged
-    )
-
-
 @jax.custom_vjp
 def gradients_together(*arrays: Any) -> tuple[Any, ...]:
     """Returns its arguments, arrays or None; no gradient of one goes on before all are there.

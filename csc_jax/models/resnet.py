@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from csc_jax.models.layers import ConvNorm, Features, checkpoint_block, end_block
+from csc_jax.models.layers import ConvNorm, Features, checkpoint_block
 
 STEMS = ("deep", "7x7")
 
@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
         if x.shape != y.shape:
             shortcut = conv(kernel_size=1, stride=self.stride, relu=False, name="downsample")
             x = shortcut(x, train)
-        return end_block(nn.relu(x + y))
+        return nn.relu(x + y)
 
 
 class Bottleneck(nn.Module):
@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
                 4 * self.width, kernel_size=1, stride=self.stride, relu=False, name="downsample"
             )
             x = shortcut(x, train)
-        return end_block(nn.relu(x + y))
+        return nn.relu(x + y)
 
 
 DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
