@@ -5,7 +5,6 @@ Command:    python scripts/benchmark.py contrast [--bank_size=2000 …]
             python scripts/benchmark.py data [--config=configs/cityscapes.py --root=DIR …]
             python scripts/benchmark.py model [--backbone=resnet50 --convolutions …]
             python scripts/benchmark.py methods [--config=configs/camvid.py …]
-            python scripts/benchmark.py startup [--config=configs/synthetic.py …]
             python scripts/benchmark.py health [--config=configs/synthetic.py …]
 Each takes --help. The candidates of a table take turns within one run, so that a machine which
 slows down slows all of them down.
@@ -17,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-SUBJECTS = ("contrast", "step", "data", "model", "startup", "methods", "health")
+SUBJECTS = ("contrast", "step", "data", "model", "methods", "health")
 
 
 def run() -> int:
