@@ -30,6 +30,7 @@ def default_config() -> ConfigDict:
         0,
         0,
     )  # (height, width) px every image is resized to first; (0, 0) = own size
+    c.data.image_bits = 0  # bits that images of 16 bits use, 9..16; 0 = 16, or an error if dark
     c.data.crop_size = (64, 64)  # (height, width) px of a training crop
     c.data.scale_range = (0.5, 2.0)  # random resize, ratio to the image (decisions.md 22)
     c.data.flip = True  # random horizontal flip (decisions.md 22)
@@ -47,6 +48,7 @@ def default_config() -> ConfigDict:
     )
     c.data.folder = ConfigDict()  # only read when data.name is folder
     c.data.folder.classes = ""  # file of class names; "" = classes.txt or classes.json in data.root
+    c.data.folder.label_values = ""  # class id of each stored value, as in "0:0,255:1"; "" = the id
     c.data.synthetic = ConfigDict()  # only read when data.name is synthetic
     c.data.synthetic.train = 192  # images
     c.data.synthetic.val = 64  # images

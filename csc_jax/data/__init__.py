@@ -5,6 +5,7 @@ labelled, `train_iterator` and `eval_batches` make batches of them.
 """
 
 import difflib
+import logging
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
@@ -41,6 +42,8 @@ __all__ = [
     "write_partition",
 ]
 
+log = logging.getLogger("csc_jax")
+
 # What each name finds at `data.root`.
 _FINDERS: dict[str, Callable[[ConfigDict], Listing]] = {
     "synthetic": synthetic.find,
@@ -72,4 +75,8 @@ def load(config: ConfigDict) -> Dataset:
             f"data.name is {config.name!r}, which is no known data set; {hint}There are "
             f"{', '.join(_FINDERS)}."
         )
-    return builder.prepare(config.name, _FINDERS[config.name](config), config.cache_dir, size)
+    listing = _FINDERS[config.name](config)
+    dataset = builder.prepare(config.name, listing, config.cache_dir, size)
+    for line in listing.notes.lines() if listing.notes else ():
+        log.warning("%s: %s", config.name, line)
+    return dataset

@@ -4,13 +4,13 @@ Layout: `images/<split>/<name>.jpg` (or .png) and `labels/<split>/<name>.png`, s
 and test (optional); a label holds the class ids 0..10, and 11 for void.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax.data import files
-from csc_jax.data.example import Listing, Pair, check_splits, label_ids
+from csc_jax.data.example import Listing, Notes, Pair, check_splits, label_ids
 from csc_jax.data.transforms import IGNORE
 
 CLASS_NAMES = (
@@ -42,6 +42,7 @@ PALETTE = np.array(
     ],
     np.uint8,
 )
+_SPLITS = ("train", "val", "test")
 _LABEL_IDS = label_ids({**{i: i for i in range(len(CLASS_NAMES))}, 11: IGNORE, IGNORE: IGNORE})
 
 
@@ -54,21 +55,28 @@ def find(config: ConfigDict) -> Listing:
     Raises:
       UserError: if `data.root` or the images of train or val are missing.
     """
-    folder = files.existing_root(config.root, "CamVid: images/{train,val} and labels/{train,val}")
-    splits = {split: _pairs(folder, split) for split in ("train", "val", "test")}
+    root = files.existing_root(config.root, "CamVid: images/{train,val} and labels/{train,val}")
+    notes = Notes()
+    splits = {split: _pairs(root, split, config.image_bits, notes) for split in _SPLITS}
     if not splits["test"]:
         del splits["test"]
     check_splits(splits, config.root, "images/<split>/*.jpg")
-    return Listing(CLASS_NAMES, PALETTE, splits)
+    return Listing(CLASS_NAMES, PALETTE, splits, notes)
 
 
-def _pairs(folder: Path, split: str) -> list[Pair]:
-    images = sorted(
-        path
-        for path in (folder / "images" / split).glob("*")
-        if path.suffix.lower() in files.IMAGE_SUFFIXES
+def _pairs(root: Path, split: str, bits: int, notes: Notes) -> list[Pair]:
+    folders = {kind: root / kind / split for kind in ("images", "labels")}
+    images, labels = (
+        files.walk(folder, suffixes).found if files.is_folder(folder, "data.root") else {}
+        for folder, suffixes in (
+            (folders["images"], files.IMAGE_SUFFIXES),
+            (folders["labels"], (".png",)),
+        )
     )
-    return [
-        Pair(path.stem, path, folder / "labels" / split / f"{path.stem}.png", _LABEL_IDS)
-        for path in images
-    ]
+    label_of = {PurePosixPath(name).with_suffix(""): path for name, path in labels.items()}
+    pairs = []
+    for name, image in images.items():
+        stem = PurePosixPath(name).with_suffix("")
+        label = label_of.get(stem, folders["labels"] / f"{stem}.png")
+        pairs.append(Pair(stem.name, image, label, _LABEL_IDS, bits, notes))
+    return pairs

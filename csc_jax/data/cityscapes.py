@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax.data import files
-from csc_jax.data.example import Listing, Pair, check_splits, label_ids
+from csc_jax.data.example import Listing, Notes, Pair, check_splits, label_ids
 from csc_jax.data.transforms import IGNORE
 from csc_jax.errors import UserError
 
@@ -68,15 +68,18 @@ def find(config: ConfigDict) -> Listing:
     layout = f"the Cityscapes archives {' and '.join(_ARCHIVES)}, or leftImg8bit/ and gtFine/"
     folder = files.existing_root(config.root, layout)
     archives = files.open_archives(folder, _ARCHIVES)
-    splits = {split: _pairs(folder, split, archives) for split in ("train", "val")}
+    notes = Notes()
+    splits = {split: _pairs(folder, split, archives, notes) for split in ("train", "val")}
     pattern = f"leftImg8bit/<split>/<city>/*_leftImg8bit.png or {_ARCHIVES[0]}"
     check_splits(splits, config.root, pattern)
     if config.cityscapes.extra:
-        splits["train"] += _extra(folder)
-    return Listing(CLASS_NAMES, PALETTE, splits)
+        splits["train"] += _extra(folder, notes)
+    return Listing(CLASS_NAMES, PALETTE, splits, notes)
 
 
-def _pairs(folder: Path, split: str, archives: Sequence[zipfile.ZipFile]) -> list[Pair]:
+def _pairs(
+    folder: Path, split: str, archives: Sequence[zipfile.ZipFile], notes: Notes
+) -> list[Pair]:
     images = files.find(folder, f"leftImg8bit/{split}/*/*_leftImg8bit.png", archives)
     labels = files.find(folder, f"gtFine/{split}/*/*_gtFine_labelIds.png", archives)
     pairs = []
@@ -84,11 +87,12 @@ def _pairs(folder: Path, split: str, archives: Sequence[zipfile.ZipFile]) -> lis
         label = path.replace("leftImg8bit/", "gtFine/", 1).replace(
             "_leftImg8bit.png", "_gtFine_labelIds.png"
         )
-        pairs.append(Pair(path, image, labels.get(label, folder / label), _LABEL_IDS))
+        found = labels.get(label, folder / label)
+        pairs.append(Pair(path, image, found, _LABEL_IDS, notes=notes))
     return pairs
 
 
-def _extra(folder: Path) -> list[Pair]:
+def _extra(folder: Path, notes: Notes) -> list[Pair]:
     archives = files.open_archives(folder, (_EXTRA_ARCHIVE,))
     images = files.find(folder, "leftImg8bit/train_extra/*/*_leftImg8bit.png", archives)
     images.pop(_BLACK, None)
@@ -97,4 +101,4 @@ def _extra(folder: Path) -> list[Pair]:
             f"data.cityscapes.extra is on, but data.root {folder} holds neither "
             f"leftImg8bit/train_extra nor {_EXTRA_ARCHIVE}; add one of them or switch it off."
         )
-    return [Pair(path, image, None, _LABEL_IDS) for path, image in images.items()]
+    return [Pair(path, image, None, _LABEL_IDS, notes=notes) for path, image in images.items()]

@@ -1,8 +1,15 @@
-"""Encoded images and labels to arrays and back."""
+"""Encoded images and labels to arrays and back.
+
+What the user's files may be is decided here, by their content and never by their suffix: see the
+table of docs/data.md. No decoder is tried on anything else.
+"""
 
 import io
 import os
+import struct
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -14,9 +21,52 @@ from csc_jax.errors import UserError
 # only make the threads wait for each other.
 cv2.setNumThreads(0)
 
-# The pixel grid is taken as stored: a label PNG carries no EXIF tag, so turning the image alone
-# would tear the two apart. An image whose label was drawn on the turned one fails the size check.
+# Pillow warns of images of half the size that it, and `MAX_PIXELS`, ends at.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+MAX_PIXELS = 178_956_970  # of one image or label: what Pillow takes; OpenCV takes 2^30
+
+# As the bytes of a stored image are to be seen upright, the orientation of the user's file is
+# applied when it is prepared. What is stored has none.
 _RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_AS_IS = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+
+_ORIENTATION = 0x0112  # tags of TIFF and EXIF
+_SUBFILE_TYPE, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 258, 259, 262
+_REDUCED_OR_MASK = 5  # bits of the subfile type: a page that belongs to another
+_WITH_LOSS = (6, 7, 34712, 50001)  # compressions: JPEG, JPEG, JPEG 2000, WebP
+_WHITE_IS_ZERO = 0
+
+
+class Unusable(Exception):
+    """Content that cannot be used; the message goes on after the file's name: "is empty"."""
+
+
+class Photo(NamedTuple):
+    """An image of the user's.
+
+    Attributes:
+      pixels: (H, W, 3) uint8 RGB, upright.
+      as_stored: whether `decode_image` makes the same of the file's own bytes.
+      turned: whether an EXIF orientation was applied.
+    """
+
+    pixels: np.ndarray
+    as_stored: bool
+    turned: bool
+
+
+class Mask(NamedTuple):
+    """A label of the user's, as stored.
+
+    Attributes:
+      values: (H, W) of an integer type: grey values, or indices of a palette; or colours,
+        (H, W, 3) uint8 RGB.
+      palette: (N, 3) uint8 RGB of the indices; None if there is none.
+    """
+
+    values: np.ndarray
+    palette: np.ndarray | None = None
 
 
 def cpu_count() -> int:
@@ -26,43 +76,21 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
+# ---- Stored images -------------------------------------------------------------------------------
+
+
 def decode_image(data: bytes) -> np.ndarray | None:
-    """Returns the image as (H, W, 3) uint8 RGB, or None if it is corrupt or truncated."""
+    """Returns a stored image as (H, W, 3) uint8 RGB, or None if it is corrupt or truncated.
+
+    It is taken as it lies in memory: no orientation, and of 16 bits the upper 8. `decode_photo`
+    reads the user's files.
+    """
     return _decode(data, _RGB)
 
 
 def decode_label(data: bytes) -> np.ndarray | None:
     """Returns a label that `encode_png` wrote, (H, W) uint8, or None if it is corrupt."""
     return _decode(data, cv2.IMREAD_UNCHANGED)
-
-
-def decode_stored_values(data: bytes, suffix: str) -> np.ndarray | None:
-    """Decodes a label file of the user's.
-
-    Args:
-      suffix: ".mat" for a class map of SBD, any other for an image.
-
-    Returns:
-      The values as they are stored, those of a palette PNG being its indices: (H, W) of an integer
-      type, or (H, W, 3 or 4) if they are colours. None if the file is corrupt or truncated.
-    """
-    try:
-        if suffix == ".mat":
-            from scipy import io as scipy_io  # takes its time, and few need it
-
-            stored = scipy_io.loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0]
-        else:
-            # OpenCV would turn the indices of a palette into colours. PNG alone, whatever the
-            # content says: for others Pillow starts programs such as Ghostscript.
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                stored = np.asarray(image)
-    except Exception:  # on a damaged file both raise nearly anything
-        return None
-    if stored.dtype.kind not in "biu" or stored.ndim not in (2, 3):
-        return None
-    if stored.ndim == 3 and stored.shape[-1] == 2:
-        stored = stored[..., 0]  # grey and alpha
-    return stored.astype(np.uint8) if stored.dtype == bool else stored
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -72,18 +100,329 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return cv2.imencode(".png", pixels)[1].tobytes()
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Reads one image file as (H, W, 3) uint8 RGB; UserError if that is not possible."""
+# ---- The user's images ---------------------------------------------------------------------------
+
+
+def read_image(path: Path, bits: int = 0) -> np.ndarray:
+    """Reads one image file as (H, W, 3) uint8 RGB, upright; UserError if that is not possible."""
+    return read_photo(path, bits).pixels
+
+
+def read_photo(path: Path, bits: int = 0) -> Photo:
+    """Reads one image file; UserError if that is not possible.
+
+    Args:
+      bits: `data.image_bits`.
+    """
     try:
-        image = decode_image(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    if image is None:
-        raise UserError(f"{path} is not an image that can be read (corrupt or truncated).")
-    return image
+        return decode_photo(path.read_bytes(), bits)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {reason}.") from error
+    except Unusable as error:
+        raise UserError(f"{path} {error}.") from error
+
+
+def decode_photo(data: bytes, bits: int = 0) -> Photo:
+    """Decodes an image of the user's.
+
+    Alpha is not read; grey, palettes and CMYK become RGB. An image of more than 8 bits is scaled by
+    one rule for all, round(255 v / (2^bits - 1)), with 16 bits unless `bits` names fewer.
+
+    Args:
+      bits: `data.image_bits`, 0 for as many as the file has. An image that would be nearly black
+        because its values end at 12 bits of 16 is refused, unless `bits` says that it is meant.
+
+    Raises:
+      Unusable: no format of the list, corrupt, more than one page or `MAX_PIXELS`, brighter than
+        `bits` has room for, or of floating-point values.
+    """
+    kind, depth, orientation = _check(data)
+    if kind in ("BMP", "TIFF") and depth == 8:
+        pixels = _load(data, kind, "RGB")
+    elif depth == 8:
+        decoded = _decode(data, _RGB)
+        if decoded is None:
+            raise Unusable(_CORRUPT)
+        pixels = decoded
+    else:
+        deep = _decode(data, _AS_IS)
+        if deep is None or deep.dtype != np.uint16:
+            raise Unusable(_CORRUPT if deep is None else "has values that are no 8 or 16 bits")
+        pixels = _scaled(deep, bits)
+    # OpenCV turns a TIFF by itself, Pillow as well.
+    if orientation != 1 and kind != "TIFF":
+        pixels = _turn(pixels, orientation)
+    kept = kind in ("JPEG", "PNG", "WEBP") and depth == 8 and orientation == 1
+    return Photo(pixels, as_stored=kept, turned=orientation != 1)
+
+
+def _scaled(deep: np.ndarray, bits: int) -> np.ndarray:
+    if deep.ndim == 2:
+        deep = np.repeat(deep[..., None], 3, axis=-1)
+    deep = deep[..., 2::-1]  # BGR, maybe with alpha
+    brightest = int(deep.max())
+    if not bits and brightest < 1 << 12:
+        raise Unusable(
+            f"has 16 bits, of which its values use {max(brightest.bit_length(), 1)} (up to "
+            f"{brightest}), and would be nearly black; name the bits that the camera or the export "
+            "used, for all images: --config.data.image_bits=12 for 12 of them, 16 if it is as dark "
+            "as that"
+        )
+    highest = (1 << (bits or 16)) - 1
+    if brightest > highest:
+        raise Unusable(
+            f"holds the value {brightest}, more than the {bits} bits of data.image_bits have room "
+            "for; give data.image_bits the bits of the brightest image"
+        )
+    table = (np.arange(highest + 1, dtype=np.uint32) * 255 + highest // 2) // highest
+    return table.astype(np.uint8)[deep]
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns what an EXIF orientation, 2 to 8, describes upright."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+# ---- The user's labels ---------------------------------------------------------------------------
+
+
+def decode_mask(data: bytes, suffix: str) -> Mask:
+    """Decodes a label file of the user's.
+
+    Args:
+      suffix: ".mat" for a class map of SBD, any other for an image.
+
+    Raises:
+      Unusable: no format that keeps values as they are, corrupt, more than one page or
+        `MAX_PIXELS`, an EXIF orientation, or values that are no whole numbers.
+    """
+    if suffix.lower() == ".mat":
+        return Mask(_sbd(data))
+    kind, depth, orientation = _check(data)
+    if kind in ("JPEG", "WEBP"):
+        raise Unusable(
+            f"is a {_NAMES[kind]}, which need not keep the values that it is given; save labels as "
+            "PNG, TIFF or BMP"
+        )
+    if orientation != 1:
+        raise Unusable(
+            "has an EXIF orientation; labels are taken as they are stored. Save it upright, "
+            "without that tag"
+        )
+    with _opened(data, kind) as image:
+        mode, bits = image.mode, depth
+        if kind == "PNG":
+            bits = data[24]
+        if kind == "TIFF":
+            bits = _tiff_bits(image)
+        if mode in ("RGB", "RGBA", "RGBX", "LA") and depth == 16:
+            values = _deep_colors(data, kind)
+        elif mode in ("RGB", "RGBA", "RGBX"):
+            values = _array(image)[..., :3]
+        elif mode in ("1", "L", "P", "LA") or mode.startswith("I"):
+            values = _array(image)
+            if mode == "LA":
+                values = values[..., 0]
+            if mode == "L" and bits < 8:
+                values = values // np.uint8(255 // ((1 << bits) - 1))  # Pillow spreads them
+        else:
+            raise Unusable(
+                f"holds {_MODES.get(mode, f'pixels of the kind {mode}')}; labels are class ids in "
+                "one channel of 1 to 16 bits, a palette, or RGB colours"
+            )
+        colors = image.getpalette("RGB") if mode == "P" else None
+    return Mask(
+        values.astype(np.uint8) if values.dtype == bool else values,
+        None if colors is None else np.array(colors, np.uint8).reshape(-1, 3),
+    )
+
+
+def _tiff_bits(image: Image.Image) -> int:
+    """Returns the bits a value of a label has; Unusable if they are not the values as given."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        raise Unusable("is a TIFF whose value 0 means white; save it as PNG")
+    if tags.get(_COMPRESSION) in _WITH_LOSS:
+        raise Unusable("is a TIFF compressed with loss, which changes ids; save it as PNG")
+    return max(tags.get(_BITS, (1,)))
+
+
+_PNG_GREY_ALPHA = 4
+_MODES = {"F": "floating-point values", "CMYK": "CMYK colours", "LAB": "L*a*b* colours"}
+
+
+def _deep_colors(data: bytes, kind: str) -> np.ndarray:
+    """Returns values of 16 bits that have an alpha, or colours; Pillow has their upper 8 bits."""
+    deep = _decode(data, _AS_IS)
+    if deep is None or deep.dtype != np.uint16 or deep.ndim != 3 or deep.shape[-1] < 3:
+        raise Unusable(_CORRUPT)
+    if kind == "PNG" and data[25] == _PNG_GREY_ALPHA:
+        return deep[..., 0]
+    if (deep % 257).any():  # 8 bits as others write them with 16
+        raise Unusable("is a colour image of 16 bits; save its colours with 8 bits")
+    return (deep[..., 2::-1] // 257).astype(np.uint8)
+
+
+def _sbd(data: bytes) -> np.ndarray:
+    try:
+        from scipy import io as scipy_io  # takes its time, and few need it
+
+        values = scipy_io.loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0]
+    except Exception as error:  # on a damaged file it raises nearly anything
+        raise Unusable(_CORRUPT) from error
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biu" or values.ndim != 2:
+        raise Unusable(_CORRUPT)
+    return values
+
+
+# ---- Both ----------------------------------------------------------------------------------------
+
+_CORRUPT = "is corrupt or truncated"
+_NAMES = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "BMP": "BMP", "TIFF": "TIFF"}
+_LFS = b"version https://git-lfs"
+
+
+def _kind(data: bytes) -> str:
+    """Returns Pillow's name of the format; Unusable if it is none of the list."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if data.startswith(b"BM"):
+        return "BMP"
+    if not data:
+        raise Unusable(f"{_CORRUPT} (it is empty)")
+    if data.startswith(_LFS):
+        raise Unusable("is a pointer of Git LFS, not the file itself; run git lfs pull")
+    raise Unusable(f"{_CORRUPT}, or none of {', '.join(_NAMES.values())}")
+
+
+def _check(data: bytes) -> tuple[str, int, int]:
+    """Looks at the header: returns Pillow's name of the format, 8 or 16 bits, and orientation."""
+    kind = _kind(data)
+    exif: bytes | None = None
+    try:
+        if kind == "PNG":
+            width, height, depth = struct.unpack(">IIB", data[16:25])
+            pages, exif = _chunks(data)
+            _check_size(width, height, pages)
+        else:
+            with _opened(data, kind) as image:
+                _check_size(*image.size, _pages(image, kind))
+                depth = 8
+                if kind == "TIFF":
+                    tags = image.tag_v2  # type: ignore[attr-defined]
+                    depth = max(tags.get(_BITS, (1,)))
+                    if image.mode in ("F", "I"):
+                        depth = 32  # neither is an image; one can be a label
+                    return kind, 16 if depth > 8 else 8, _orientation(tags.get(_ORIENTATION))
+                exif = image.info.get("exif")
+    except Unusable:
+        raise
+    except Exception as error:  # on a damaged file Pillow raises nearly anything
+        raise Unusable(_CORRUPT) from error
+    return kind, 16 if depth > 8 else 8, _exif_orientation(exif)
+
+
+def _check_size(width: int, height: int, pages: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise Unusable(
+            f"says that it is {height}x{width} px (height x width), more than the {MAX_PIXELS} px "
+            "of the largest image that is read; cut it into tiles"
+        )
+    if pages > 1:
+        raise Unusable(
+            f"holds {pages} pages or frames; save each that you want as a file of its own"
+        )
+
+
+def _pages(image: Image.Image, kind: str) -> int:
+    if kind == "JPEG":  # what follows the first picture of a phone's is a preview or a depth map
+        return 1
+    count = getattr(image, "n_frames", 1)
+    if kind != "TIFF" or count == 1:
+        return count
+    full = 0
+    for page in range(count):
+        image.seek(page)
+        full += not image.tag_v2.get(_SUBFILE_TYPE, 0) & _REDUCED_OR_MASK  # type: ignore[attr-defined]
+    image.seek(0)
+    return full
+
+
+def _chunks(data: bytes) -> tuple[int, bytes | None]:
+    """Returns the frames of a PNG and its EXIF; Pillow would decode all of it to say that."""
+    frames, exif, at = 1, None, 8
+    while at + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, at)
+        if name == b"acTL" and length >= 4:
+            (frames,) = struct.unpack_from(">I", data, at + 8)
+        if name == b"eXIf":
+            exif = data[at + 8 : at + 8 + length]
+        at += 12 + length
+    return frames, exif
+
+
+def _exif_orientation(exif: bytes | None) -> int:
+    if not exif:
+        return 1
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+        return _orientation(tags.get(_ORIENTATION))
+    except Exception:  # as above; a damaged tag says nothing
+        return 1
+
+
+def _orientation(value: object) -> int:
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _opened(data: bytes, kind: str) -> Image.Image:
+    try:
+        # One format, whatever the content says: for others Pillow starts programs like Ghostscript.
+        return Image.open(io.BytesIO(data), formats=(kind,))
+    except Image.DecompressionBombError as error:
+        raise Unusable(
+            f"says that it has more than the {MAX_PIXELS} px of the largest image that is read; "
+            "cut it into tiles"
+        ) from error
+    except Exception as error:
+        other = ", or a TIFF of more than 4 channels or 16 bits" if kind == "TIFF" else ""
+        raise Unusable(_CORRUPT + other) from error
+
+
+def _load(data: bytes, kind: str, mode: str) -> np.ndarray:
+    with _opened(data, kind) as image:
+        if image.mode in _MODES and image.mode != "CMYK":
+            raise Unusable(f"holds {_MODES[image.mode]}; save it with 8 or 16 bits a channel")
+        try:
+            return np.asarray(image.convert(mode))
+        except Exception as error:
+            raise Unusable(_CORRUPT) from error
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    try:
+        return np.asarray(image)
+    except Exception as error:
+        raise Unusable(_CORRUPT) from error
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray | None:
-    if not data:  # OpenCV raises on an empty buffer, and returns None for any other bad one
+    try:
+        _kind(data)  # no decoder is tried on anything else
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except (Unusable, cv2.error):
         return None
-    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)

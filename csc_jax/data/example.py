@@ -1,7 +1,10 @@
 """One image of a data set before it is stored, and the pair of files that most images are."""
 
 import dataclasses
+import functools
+import threading
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -46,12 +49,72 @@ class Example(Protocol):
         ...
 
 
+class Notes:
+    """Counts what the user should know of images that can be used all the same."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, note: str, file: object) -> None:
+        """Counts one; images are read by several threads at once."""
+        with self._lock:
+            self._counts[note] += 1
+            self._first[note] = min(self._first.get(note, str(file)), str(file))
+
+    def lines(self) -> list[str]:
+        """Returns "3 images NOTE (the first is FILE)" for each kind of note."""
+        return [
+            f"{count} image{'s' * (count > 1)} {note} (the first is {self._first[note]})"
+            for note, count in sorted(self._counts.items())
+        ]
+
+
 class Listing(NamedTuple):
     """What is found at `data.root`, before anything is read."""
 
     class_names: tuple[str, ...]
     palette: np.ndarray  # (C, 3) uint8 RGB
     splits: Mapping[str, Sequence[Example]]
+    notes: Notes | None = None  # on the images, as far as they have been read
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelIds:
+    """What the values of a label file mean; shared by all pairs of a data set.
+
+    Attributes:
+      table: (N,) uint8, class id of every stored value, 255 = ignore, or `Pair.INVALID`.
+      colors: class id or 255 of every colour (R, G, B) that a label in colour may hold.
+      palette: (R, G, B) that the data set gives a class id; a label's palette may not differ.
+      equal_channels: whether colours whose channels are all equal are values of one channel.
+      mapped: whether `data.folder.label_values` made the table.
+      unclear: why values cannot be told from the class list, "" if they can.
+      source: the class list, for messages.
+    """
+
+    table: np.ndarray
+    colors: Mapping[tuple[int, int, int], int] = dataclasses.field(default_factory=dict)
+    palette: Mapping[int, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
+    equal_channels: bool = False
+    mapped: bool = False
+    unclear: str = ""
+    source: str = ""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes whenever a label may come to mean something else."""
+        meaning = (sorted(self.colors.items()), sorted(self.palette.items()), self.equal_channels)
+        return f"{zlib.crc32(self.table.tobytes())} {zlib.crc32(repr(meaning).encode())}"
+
+    @functools.cached_property
+    def color_table(self) -> np.ndarray:
+        """(2^24,) uint8, class id of every colour; sorting the pixels of a label takes longer."""
+        table = np.full(1 << 24, Pair.INVALID, np.uint8)
+        for (red, green, blue), class_id in self.colors.items():
+            table[red << 16 | green << 8 | blue] = class_id
+        return table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +124,8 @@ class Pair:
     Attributes:
       id: how split lists name the image.
       label: None for an image that is only ever an unlabelled one.
-      label_ids: (256,) uint8, class id of every stored label value, 255 = ignore, or `INVALID`.
+      label_ids: what the label's values mean.
+      bits: `data.image_bits`.
     """
 
     INVALID = 254
@@ -69,7 +133,9 @@ class Pair:
     id: str
     image: files.File
     label: files.File | None
-    label_ids: np.ndarray
+    label_ids: LabelIds
+    bits: int = 0
+    notes: Notes = dataclasses.field(default_factory=Notes)
 
     @property
     def has_label(self) -> bool:
@@ -77,53 +143,117 @@ class Pair:
 
     def fingerprint(self) -> str:
         label = "none" if self.label is None else files.stamp(self.label)
-        return f"{files.stamp(self.image)}\n{label}\n{zlib.crc32(self.label_ids.tobytes())}"
+        return f"{files.stamp(self.image)} {self.bits}\n{label}\n{self.label_ids.fingerprint}"
 
     def original(self) -> bytes:
         return _read(self.image)
 
-    def read(self) -> tuple[np.ndarray, np.ndarray, bytes]:
-        if self.label is not None and not self.label.is_file():
-            raise BadExample(f"{self.image} has no label {self.label}")
-        encoded = self.original()
-        image = codec.decode_image(encoded)
-        if image is None:
-            raise BadExample(f"{self.image} is corrupt or truncated")
-        if self.label is None:
-            return image, np.full(image.shape[:2], IGNORE, np.uint8), encoded
-        stored = codec.decode_stored_values(_read(self.label), self.label.suffix)
-        if stored is None:
-            raise BadExample(f"{self.label} is corrupt or truncated")
-        if stored.ndim == 3:
-            raise BadExample(
-                f"{self.label} is a colour image; expected one channel, or a palette, of label ids"
-            )
-        if stored.shape != image.shape[:2]:
-            raise BadExample(
-                f"{self.label} is {_by(stored.shape)} but its image {self.image} is "
-                f"{_by(image.shape)} (height x width{_turned(stored.shape, image.shape)})"
-            )
-        return image, self._class_ids(stored), encoded
+    def read(self) -> tuple[np.ndarray, np.ndarray, bytes | None]:
+        """As `Example.read`; the bytes are None for an image that is to be stored in another way.
 
-    def _class_ids(self, stored: np.ndarray) -> np.ndarray:
-        wrong = stored[(stored < 0) | (stored >= len(self.label_ids))]
-        if not wrong.size:
-            label = self.label_ids[stored]
-            wrong = stored[label == self.INVALID]
-        if wrong.size:
+        That is one whose bytes do not decode to what it shows: turned by EXIF, of more than 8 bits,
+        or of a format that takes much room.
+        """
+        encoded = self.original()
+        stored = None if self.label is None else self._stored_label()
+        try:
+            photo = codec.decode_photo(encoded, self.bits)
+        except codec.Unusable as error:
+            raise BadExample(f"{self.image} {error}") from error
+        if photo.turned:
+            self.notes.add("were turned upright, as their EXIF orientation says", self.image)
+        image = photo.pixels
+        if stored is None:
+            label = np.full(image.shape[:2], IGNORE, np.uint8)
+        elif stored.values.shape[:2] != image.shape[:2]:
             raise BadExample(
-                f"{self.label} holds the label id {wrong.flat[0]} ({wrong.size} px), outside the "
-                f"classes 0..{np.max(self.label_ids[self.label_ids < self.INVALID])}"
+                f"{self.label} is {_by(stored.values.shape)} but its image {self.image} is "
+                f"{_by(image.shape)} (height x width{_turned(photo, stored.values.shape)})"
+            )
+        else:
+            label = self._class_ids(stored)
+        return image, label, encoded if photo.as_stored else None
+
+    def _stored_label(self) -> codec.Mask:
+        assert self.label is not None
+        try:
+            return codec.decode_mask(self.label.read_bytes(), self.label.suffix)
+        except FileNotFoundError as error:
+            raise BadExample(f"{self.image} has no label {self.label}") from error
+        except (OSError, ValueError) as error:
+            raise BadExample(_unreadable(self.label, error)) from error
+        except codec.Unusable as error:
+            raise BadExample(f"{self.label} {error}") from error
+
+    def _class_ids(self, stored: codec.Mask) -> np.ndarray:
+        values, ids = stored.values, self.label_ids
+        if values.ndim == 3:
+            if not ids.equal_channels or (values != values[..., :1]).any():
+                return self._ids_of_colors(values)
+            values = values[..., 0]
+        if ids.unclear:
+            raise BadExample(f"{self.label} holds class ids, but {ids.unclear}")
+        wrong = values[(values < 0) | (values >= len(ids.table))]
+        if not wrong.size:
+            label = ids.table[values]
+            wrong = values[label == self.INVALID]
+        if wrong.size:
+            last = np.max(ids.table[ids.table < self.INVALID])
+            raise BadExample(
+                f"{self.label} holds the label id {wrong.flat[0]} ({wrong.size} px), "
+                + (
+                    "which data.folder.label_values does not map"
+                    if ids.mapped
+                    else f"outside the classes 0..{last}"
+                )
+            )
+        if stored.palette is not None and ids.palette:
+            self._check_palette(stored.palette, values)
+        return label
+
+    def _ids_of_colors(self, values: np.ndarray) -> np.ndarray:
+        if not self.label_ids.colors:
+            raise BadExample(
+                f"{self.label} is a colour image; expected one channel, or a palette, of label "
+                "ids. Colours are read where classes.txt gives every class its own, as in road "
+                "128 64 128"
+            )
+        red, green, blue = np.moveaxis(values.astype(np.uint32), -1, 0)
+        packed = red << 16 | green << 8 | blue
+        label = self.label_ids.color_table[packed]
+        unknown, counts = np.unique(packed[label == self.INVALID], return_counts=True)
+        if unknown.size:
+            most = int(unknown[counts.argmax()])
+            others = f", and {unknown.size - 1} more such colours" if unknown.size > 1 else ""
+            raise BadExample(
+                f"{self.label} holds the colour {most >> 16} {most >> 8 & 255} {most & 255} "
+                f"({counts.max()} px), which {self.label_ids.source or 'the class list'} gives to "
+                f"no class{others}. Pixels to ignore need a line void R G B there"
             )
         return label
 
+    def _check_palette(self, palette: np.ndarray, values: np.ndarray) -> None:
+        ramp = np.arange(len(palette), dtype=np.uint8)[:, None]
+        if (palette == ramp).all():  # as some programs write grey
+            return
+        for value in np.flatnonzero(np.bincount(values.ravel(), minlength=1)):
+            wanted = self.label_ids.palette.get(int(self.label_ids.table[value]))
+            if wanted and value < len(palette) and tuple(palette[value]) != wanted:
+                own = " ".join(map(str, palette[value]))
+                raise BadExample(
+                    f"{self.label} has a palette that shows the value {value} as {own}, but "
+                    f"{self.label_ids.source or 'the class list'} gives that class the colour "
+                    f"{' '.join(map(str, wanted))}; the two may count the classes in different "
+                    "orders. Put the lines in the order of the values, or take the colours out"
+                )
 
-def label_ids(classes: Mapping[int, int]) -> np.ndarray:
-    """Builds `Pair.label_ids` from {stored value: class id}; any other value is an error."""
-    table = np.full(256, Pair.INVALID, np.uint8)
+
+def label_ids(classes: Mapping[int, int]) -> LabelIds:
+    """Returns the meaning of labels from {stored value: class id}; any other value is an error."""
+    table = np.full(max(256, max(classes, default=0) + 1), Pair.INVALID, np.uint8)
     for stored, class_id in classes.items():
         table[stored] = class_id
-    return table
+    return LabelIds(table)
 
 
 def check_splits(splits: Mapping[str, Sequence[Pair]], root: str, pattern: str) -> None:
@@ -147,15 +277,24 @@ def check_splits(splits: Mapping[str, Sequence[Pair]], root: str, pattern: str) 
 def _read(file: files.File) -> bytes:
     try:
         return file.read_bytes()
-    except OSError as error:
-        raise BadExample(f"{file} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise BadExample(_unreadable(file, error)) from error
+
+
+def _unreadable(file: files.File, error: Exception) -> str:
+    return f"{file} cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 def _by(shape: Sequence[int]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def _turned(label: Sequence[int], image: Sequence[int]) -> str:
-    if tuple(label[::-1]) != tuple(image[:2]):
+def _turned(photo: codec.Photo, label: Sequence[int]) -> str:
+    if tuple(label[1::-1]) != photo.pixels.shape[:2]:
         return ""
-    return "; one of them is turned, and an EXIF rotation is not applied"
+    if photo.turned:
+        return (
+            "; its EXIF orientation turns it upright, and the label was drawn on the image as it is"
+            " stored: turn the label, or save the image without that tag"
+        )
+    return "; one of them is turned"

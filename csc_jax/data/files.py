@@ -123,9 +123,10 @@ def walk(folder: Path, suffixes: Sequence[str], field: str = "data.root") -> Wal
                 wanted = suffix in suffixes
                 broken = entry.is_symlink() and _is_broken(entry.path)
                 if broken and not wanted:
+                    target = str(Path(entry.path).readlink())
                     raise UserError(
-                        f"{entry.path} is a link to {str(Path(entry.path).readlink())!r}, which leads "
-                        f"nowhere. Restore what it links to or remove the link ({field})."
+                        f"{entry.path} is a link to {target!r}, which leads nowhere. Restore what "
+                        f"it links to or remove the link ({field})."
                     )
                 if not broken and entry.is_dir():
                     (links if entry.is_symlink() else folders).append(Path(entry.path))
@@ -202,6 +203,14 @@ def is_folder(path: Path, field: str) -> bool:
     """Whether there is such a folder; UserError if that cannot be told."""
     try:
         return path.is_dir()
+    except OSError as error:
+        raise unreadable(error, field, path) from error
+
+
+def is_file(path: Path, field: str) -> bool:
+    """Whether there is such a file; UserError if that cannot be told."""
+    try:
+        return path.is_file()
     except OSError as error:
         raise unreadable(error, field, path) from error
 
@@ -292,7 +301,7 @@ def open_archives(folder: Path, names: Sequence[str]) -> list[zipfile.ZipFile]:
     """
     archives = []
     for path in (folder / name for name in names):
-        if not path.is_file():
+        if not is_file(path, "data.root"):
             continue
         try:
             archive = zipfile.ZipFile(path)

@@ -5,13 +5,16 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from csc_jax.data import list_file
 from csc_jax.data.source import Dataset, Source
 from csc_jax.errors import UserError
+
+_LONGEST = 200  # characters of a line that an error shows
 
 
 class Partition(NamedTuple):
@@ -25,17 +28,18 @@ def partition(config: ConfigDict, dataset: Dataset, seed: int) -> Partition:
     """Splits the train ids.
 
     Args:
-      config: the `data` part of the configuration. `labeled_list` (one id a line) decides where
-        it is given, else `labeled_fraction` of the images that have a label is drawn from `seed`.
+      config: the `data` part of the configuration. `labeled_list` (one image a line, as `list_file`
+        reads it) decides where it is given, else `labeled_fraction` of the images that have a label
+        is drawn from `seed`.
 
     Raises:
-      UserError: for a list with an unknown or repeated id, lists that overlap, an image without
-        label on the labelled list, a fraction outside (0, 1], or a partition that leaves nothing
-        unlabelled.
+      UserError: for a list with an unknown or repeated id or one of another split, lists that
+        overlap, an image without label on the labelled list, a fraction outside (0, 1], or a
+        partition that leaves nothing unlabelled.
     """
     source = dataset.sources["train"]
     if config.labeled_list:
-        return _from_lists(config, source)
+        return _from_lists(config, dataset)
     if config.unlabeled_list:
         raise UserError(
             f"data.unlabeled_list is {config.unlabeled_list!r} but data.labeled_list is empty; "
@@ -93,8 +97,9 @@ def _fraction(text: str) -> fractions.Fraction:
     return value
 
 
-def _from_lists(config: ConfigDict, source: Source) -> Partition:
-    labeled = _read_list("data.labeled_list", config.labeled_list, source.ids)
+def _from_lists(config: ConfigDict, dataset: Dataset) -> Partition:
+    source = dataset.sources["train"]
+    labeled = _read_list("data.labeled_list", config.labeled_list, dataset)
     taken = set(labeled)
     bare = taken & source.without_label
     if bare:
@@ -103,7 +108,7 @@ def _from_lists(config: ConfigDict, source: Source) -> Partition:
             "no label for; an image of that kind can only be unlabelled."
         )
     if config.unlabeled_list:
-        unlabeled = _read_list("data.unlabeled_list", config.unlabeled_list, source.ids)
+        unlabeled = _read_list("data.unlabeled_list", config.unlabeled_list, dataset)
         overlap = taken.intersection(unlabeled)
         if overlap:
             raise UserError(
@@ -120,29 +125,46 @@ def _from_lists(config: ConfigDict, source: Source) -> Partition:
     return Partition(labeled, unlabeled)
 
 
-def _read_list(field: str, path: str, ids: Sequence[str]) -> tuple[str, ...]:
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    # ValueError: no text, or no possible name of a file. RuntimeError: "~" of an unknown user.
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{field} {path} cannot be read as a text file: {error}.") from error
-    listed = [line.strip() for line in text.splitlines() if line.strip()]
+def _read_list(field: str, path: str, dataset: Dataset) -> tuple[str, ...]:
+    train = dataset.sources["train"].ids
+    known = list_file.Ids(train)
+    listed, unknown = list[str](), list[str]()
+    for line in list_file.read_lines(path, field):
+        name = known.find(line)
+        if name is not None:
+            listed.append(name)
+        elif not line.lstrip().startswith("#"):
+            unknown.append(line.strip())
+    if unknown:
+        _refuse(field, path, unknown, dataset)
     if not listed:
         raise UserError(f"{field} {path} holds no id; write one id of the train split a line.")
-    unknown = set(listed).difference(ids)
-    if unknown:
-        raise UserError(
-            f"{field} {path} names {_some(unknown)}, not in the train split; its ids look like "
-            f"{min(ids)}."
-        )
     repeated = [name for name, times in Counter(listed).items() if times > 1]
     if repeated:
         raise UserError(f"{field} {path} names {_some(repeated)} more than once.")
     return tuple(listed)
 
 
+def _refuse(field: str, path: str, unknown: Sequence[str], dataset: Dataset) -> NoReturn:
+    for split, source in dataset.sources.items():
+        known = list_file.Ids(source.ids)
+        found = {name for line in unknown if (name := known.find(line)) is not None}
+        if split != "train" and found:
+            raise UserError(
+                f"{field} {path} names {_some(found)} of the split {split}, which is never trained "
+                "on. Take such lines out, or name another list."
+            )
+    raise UserError(
+        f"{field} {path} names {_some(unknown)}, not in the train split; its ids look like "
+        f"{min(dataset.sources['train'].ids)}."
+    )
+
+
 def _some(names: Iterable[str]) -> str:
-    """Names the first few and counts the rest."""
-    names = sorted(set(names))
+    """Names the first few, of which a hostile list may hold anything, and counts the rest."""
+    names = [
+        name if name.isprintable() and len(name) <= _LONGEST else ascii(name[:_LONGEST])
+        for name in sorted(set(names))
+    ]
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest

@@ -6,13 +6,13 @@ augmented annotations (SBD, Hariharan et al., 2011) as PNGs in `SegmentationClas
 """
 
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax.data import files
-from csc_jax.data.example import Listing, Pair, check_splits, label_ids
+from csc_jax.data.example import Listing, Notes, Pair, check_splits, label_ids
 from csc_jax.data.transforms import IGNORE
 from csc_jax.errors import UserError
 
@@ -70,7 +70,7 @@ def find(config: ConfigDict) -> Listing:
     """
     root = files.existing_root(config.root, "VOCdevkit/VOC2012, or that folder itself")
     inner = (root / name for name in ("VOCdevkit/VOC2012", "VOC2012"))
-    folder = next((path for path in inner if path.is_dir()), root)
+    folder = next((path for path in inner if files.is_folder(path, "data.root")), root)
     own, val = set(_list(folder, "train")), _list(folder, "val")
     augmented = _augmented(root, folder)
     blender = config.pascal_voc.pool == "blender"
@@ -81,10 +81,14 @@ def find(config: ConfigDict) -> Listing:
         missing = folder / "SegmentationClassAug" / f"{name}.png"
         return augmented.get(name, missing) if blender else None
 
-    pool = _pool(folder, own, val, augmented)
+    def pair(name: str, label: Path | None) -> Pair:
+        image = folder / "JPEGImages" / f"{name}.jpg"
+        return Pair(name, image, label, _LABEL_IDS, notes=notes)
+
+    notes = Notes()
     splits = {
-        "train": [_pair(folder, name, train_label(name)) for name in pool],
-        "val": [_pair(folder, name, folder / "SegmentationClass" / f"{name}.png") for name in val],
+        "train": [pair(name, train_label(name)) for name in _pool(folder, own, val, augmented)],
+        "val": [pair(name, folder / "SegmentationClass" / f"{name}.png") for name in val],
     }
     check_splits(splits, config.root, "ids in ImageSets/Segmentation/<split>.txt")
     if blender and not augmented:
@@ -93,7 +97,7 @@ def find(config: ConfigDict) -> Listing:
             f"{folder}, or cls/*.mat in {' or '.join(_SBD_FOLDERS)}. Add one of them, or have the "
             "labelled images drawn from VOC's own with --config.data.pascal_voc.pool=classic."
         )
-    return Listing(CLASS_NAMES, PALETTE, splits)
+    return Listing(CLASS_NAMES, PALETTE, splits, notes)
 
 
 def _list_file(folder: Path, name: str) -> Path:
@@ -102,18 +106,16 @@ def _list_file(folder: Path, name: str) -> Path:
 
 def _list(folder: Path, name: str) -> list[str]:
     path = _list_file(folder, name)
-    if not path.is_file():
+    if not files.is_file(path, "data.root"):
         raise UserError(
             f"data.root {folder} lacks {path.relative_to(folder)}; it must be the VOC2012 "
             "folder of VOCdevkit with JPEGImages, SegmentationClass and ImageSets."
         )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a text file: {error}.") from error
     # Some lists of the pool write "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png". Without their
     # folders, entries cannot name a file elsewhere.
-    names = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    lines = map(str.strip, files.read_text(path, "data.root").split("\n"))
+    entries = [line.split()[0] for line in lines if line and not line.startswith("#")]
+    names = [PurePosixPath(entry.replace("\\", "/")).stem for entry in entries]
     for name in names:
         if not name.isprintable() or not 0 < len(name.encode()) <= _LONGEST_NAME:
             raise UserError(
@@ -128,12 +130,15 @@ def _augmented(root: Path, folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for base in (root, folder):
         for name in _SBD_FOLDERS:
-            found |= _by_stem((base / name / "cls").glob("*.mat"))
-    return found | _by_stem((folder / "SegmentationClassAug").glob("*.png"))
+            found |= _by_stem(base / name / "cls", ".mat")
+    return found | _by_stem(folder / "SegmentationClassAug", ".png")
 
 
-def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    return {path.stem: path for path in paths}
+def _by_stem(folder: Path, suffix: str) -> dict[str, Path]:
+    if not files.is_folder(folder, "data.root"):
+        return {}
+    found = files.walk(folder, (suffix,)).found
+    return {path.stem: path for name, path in found.items() if "/" not in name}
 
 
 def _pool(
@@ -141,10 +146,17 @@ def _pool(
 ) -> list[str]:
     # In name order, so that one seed draws the same images however the pool is given.
     for name in ("train_aug", "trainaug"):
-        if _list_file(folder, name).is_file():
-            return sorted(_list(folder, name))
-    return sorted({*own, *augmented} - set(val))
-
-
-def _pair(folder: Path, name: str, label: Path | None) -> Pair:
-    return Pair(name, folder / "JPEGImages" / f"{name}.jpg", label, _LABEL_IDS)
+        if files.is_file(_list_file(folder, name), "data.root"):
+            pool = sorted(_list(folder, name))
+            break
+    else:
+        name, pool = "train", sorted({*own, *augmented} - set(val))
+        pool = sorted({*pool, *own})
+    shared = sorted(set(pool) & set(val))
+    if shared:
+        raise UserError(
+            f"{_list_file(folder, name)} names {shared[0]}, which {_list_file(folder, 'val')} "
+            f"names too ({len(shared)} images are on both); a val image is never trained on. Take "
+            "the ids out of one of the lists."
+        )
+    return pool

@@ -1,0 +1,91 @@
+"""Lists of images as people publish them: which ids of a data set their lines mean.
+
+UniMatch writes two columns (`JPEGImages/ID.jpg SegmentationClass/ID.png`), CPS paths with tabs
+between them, SegNet paths of its authors' machine; others ids alone, or file names, with the
+separators of Windows. All of them name the image first.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from csc_jax.data import files
+
+_SUFFIXES = "|".join(re.escape(suffix) for suffix in files.IMAGE_SUFFIXES)
+_FIRST_PATH = re.compile(rf"(.+?(?:{_SUFFIXES}))(?:[\s,;|].*)?", re.IGNORECASE)
+_END = re.compile(rf"(_leftImg8bit)?({_SUFFIXES})?$", re.IGNORECASE)  # Cityscapes' and any
+_ROOTS = ("images", "leftimg8bit", "jpegimages")  # what data sets keep their images in
+_TRAIN = re.compile(r"train(ing)?", re.IGNORECASE)
+_OTHER_SPLIT = re.compile(r"train_extra|val(id(ation)?)?|test(ing)?", re.IGNORECASE)
+
+_Name = tuple[str, ...]  # parts of a path below the folder of the images, without suffix
+
+
+class Ids:
+    """The ids of one or more splits, by everything that a line may call them.
+
+    A line means an image if both are one path below the folder of the images (`images`,
+    `leftImg8bit`, `JPEGImages`), suffixes aside; if the line has the last parts of such a path, and
+    no other image ends in them; or if it has more folders at its beginning, as an absolute path
+    does, of which the last one that is named as a split is train.
+    """
+
+    def __init__(self, ids: Iterable[str]):
+        self._ids = {_composed(name): name for name in ids}
+        self._names = {_name(name): name for name in self._ids.values()}
+        self._ends: dict[_Name, str | None] = {}  # None where several images end so
+        for name, of in self._names.items():
+            for start in range(1, len(name)):
+                end = name[start:]
+                self._ends[end] = None if self._ends.get(end, of) != of else of
+
+    def find(self, line: str) -> str | None:
+        """Returns the id that a line means, None if it means none."""
+        line = _composed(line)
+        for text in (line, line.strip(), *_first_columns(line.strip())):
+            if found := self._ids.get(text) or self._find(_name(text)):
+                return found
+        return None
+
+    def _find(self, name: _Name) -> str | None:
+        if found := self._names.get(name) or self._ends.get(name):
+            return found
+        foreign = False
+        for start in range(1, len(name)):
+            folder = name[start - 1]
+            foreign = not _TRAIN.fullmatch(folder) and (
+                foreign or _OTHER_SPLIT.fullmatch(folder) is not None
+            )
+            if not foreign and name[start:] in self._names:
+                return self._names[name[start:]]
+        return None
+
+
+def read_lines(path: str, field: str) -> list[str]:
+    """Returns the lines of a list that are not blank; UserError if it cannot be read as text."""
+    text = files.read_text(files.user_path(path, field), field)
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _first_columns(line: str) -> list[str]:
+    """Returns what may be the first column, as names may hold blanks; without quotes."""
+    if match := _FIRST_PATH.fullmatch(line):
+        columns = [match[1]]
+    else:
+        columns = [re.split(r"[\t,;|]", line, maxsplit=1)[0], line.split()[0]]
+    return [column.strip().strip("\"'") for column in columns]
+
+
+def _name(text: str) -> _Name:
+    parts = PurePosixPath(_composed(text).replace("\\", "/")).parts
+    kept = [part for part in parts if part not in ("/", "//")]
+    roots = [i for i, part in enumerate(kept[:-1]) if part.casefold() in _ROOTS]
+    kept = kept[roots[-1] + 1 :] if roots else kept
+    if not kept:
+        return ()
+    return (*kept[:-1], _END.sub("", kept[-1], count=1))
