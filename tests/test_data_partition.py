@@ -88,7 +88,9 @@ def test_lists_may_have_windows_line_ends_and_blank_last_lines(tmp_path):
         (b"a\n", b"c\nz\n", r"data\.unlabeled_list .*names z"),
         (b"\n", None, r"data\.labeled_list .*holds no id"),
         (b"a\nb\nc\n", None, r"leaves none unlabelled.*data\.labeled_fraction"),
-        (b"\xff\xfe", None, r"cannot be read as a text file"),
+        (b"\xff\xfe\0", None, r"cannot be read as a text file"),
+        (b"# the first\n", None, r"data\.labeled_list .*holds no id"),
+        (b"a\n\x1b[2Jx\n", None, r"names \\x1b\[2Jx, not in the train split"),
     ],
 )
 def test_faults_in_lists_are_named(tmp_path, labeled, unlabeled, message):

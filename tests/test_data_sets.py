@@ -12,7 +12,7 @@ from data_cases import changed, data_config
 from trees import SIZE, picture, write_jpeg, write_palette_png, write_png, write_sbd_mat
 
 from csc_jax import data
-from csc_jax.data import camvid, cityscapes, codec, folder, pascal_voc
+from csc_jax.data import camvid, cityscapes, class_list, codec, pascal_voc
 from csc_jax.errors import UserError
 
 # ---- CamVid --------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_faults_of_class_lists_are_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
-        folder.read_classes(path)
+        class_list.read_classes(path)
 
 
 def test_halves_of_characters_and_bottomless_lists_are_named(tmp_path):
@@ -363,16 +363,17 @@ def test_halves_of_characters_and_bottomless_lists_are_named(tmp_path):
     for content in ('["a", "\\ud800"]', "[" * 100_000):
         path.write_text(content)
         with pytest.raises(UserError, match=r"classes\.json cannot be read"):
-            folder.read_classes(path)
+            class_list.read_classes(path)
 
 
 def test_names_and_colours_of_classes(tmp_path):
     (tmp_path / "c.txt").write_text("Straße 7 1 2 3\ntype 2\nsea, deep #0A0b0C\nsky\t4,5, 6\n")
-    names, palette = folder.read_classes(tmp_path / "c.txt")
+    names, palette, colors, *_ = class_list.read_classes(tmp_path / "c.txt")
+    assert colors == {0: (1, 2, 3), 2: (10, 11, 12), 3: (4, 5, 6)}
     assert names == ("Straße 7", "type 2", "sea, deep", "sky")
     assert palette.tolist() == [[1, 2, 3], [128, 0, 0], [10, 11, 12], [4, 5, 6]]
     (tmp_path / "c.json").write_text(json.dumps(["a", {"name": "b", "color": [9, 9, 9]}]))
-    names, palette = folder.read_classes(tmp_path / "c.json")
+    names, palette, *_ = class_list.read_classes(tmp_path / "c.json")
     assert (names, palette[1].tolist()) == (("a", "b"), [9, 9, 9])
 
 
@@ -387,7 +388,7 @@ def remove(*paths):
         (lambda root: remove(root / "classes.txt"), r"no class list, classes\.txt or classes"),
         (lambda root: remove(root / "images"), r"has no folder images"),
         (lambda root: remove(root / "labels"), r"has no folder labels"),
-        (lambda root: remove(root / "images/val"), r"2 labels without image, the first .*val/0"),
+        (lambda root: remove(root / "images/val/0.jpg"), r"1 labels without image, the .*val/0"),
         (
             lambda root: remove(root / "labels/val/1.png"),
             r"no label labels/val/1\.png \(1 of the 2",
@@ -441,6 +442,7 @@ def test_images_of_all_kinds_come_as_rgb(tmp_path):
     plain = write_jpeg(images / "site 1/ä01.jpg", rgb)
     turned = images / "site 1/ä03.jpg"
     turned.write_bytes(with_exif_rotation(plain.read_bytes(), 6))
+    write_png(root / "labels/train/site 1/ä03.png", np.zeros(SIZE[::-1], np.uint8))
     source = data.load(data_config(tmp_path, name="folder").data).sources["train"]
     found = {source.ids[i][-2:]: source[i]["image"] for i in range(len(source))}
     grey = np.repeat(rgb[..., :1], 3, -1)
@@ -448,15 +450,14 @@ def test_images_of_all_kinds_come_as_rgb(tmp_path):
     np.testing.assert_array_equal(found["02"], grey)
     np.testing.assert_array_equal(found["04"], grey)
     np.testing.assert_array_equal(found["06"], trees.VOC_COLORS[rgb[..., 0]])
-    np.testing.assert_array_equal(found["03"], found["01"])  # the grid as it is stored
+    np.testing.assert_array_equal(found["03"], np.rot90(found["01"], -1))  # upright
 
 
-def test_a_label_drawn_on_the_turned_image_is_an_error_that_says_so(tmp_path):
+def test_a_label_drawn_on_the_image_as_stored_is_an_error_that_says_so(tmp_path):
     root = trees.folder_tree(tmp_path / "root")
     image = root / "images/train/site 1/ä01.jpg"
     image.write_bytes(with_exif_rotation(image.read_bytes(), 6))
-    write_png(root / "labels/train/site 1/ä01.png", np.zeros(SIZE[::-1], np.uint8))
-    with pytest.raises(UserError, match=r"is 32x24 but .* is 24x32 .*EXIF rotation is not applied"):
+    with pytest.raises(UserError, match=r"is 24x32 but .* is 32x24 .*EXIF orientation turns it up"):
         data.load(data_config(tmp_path, name="folder").data)
 
 
@@ -465,6 +466,7 @@ def test_labels_of_all_kinds_come_as_class_ids(tmp_path):
     labels = root / "labels/train"
     ids = trees.blocks(5, (0, 1, 2, 255))
     write_png(labels / "site 0/ä00.png", ids.astype(np.uint16))
+    (root / "classes.txt").write_text("ground\nroad\nsky\n")
     # A palette of other colours, of which two are the same.
     write_palette_png(labels / "site 0/ä02.png", ids, np.full((256, 3), 7, np.uint8))
     write_palette_png(labels / "site 1/ä01.png", ids % 3, np.eye(3, dtype=np.uint8))  # 2 bits

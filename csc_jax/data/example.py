@@ -5,7 +5,7 @@ import functools
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +17,14 @@ from csc_jax.errors import UserError
 
 class BadExample(Exception):
     """One image or label that cannot be used; the message names the file and the fault."""
+
+
+# Called with a label as the user stored it, (H, W) of an integer type, before it becomes class ids.
+OnValues = Callable[[np.ndarray], None]
+
+
+def nothing(values: np.ndarray) -> None:
+    """An `OnValues` that counts nothing."""
 
 
 class Example(Protocol):
@@ -38,10 +46,13 @@ class Example(Protocol):
         """Returns the image's own encoding, unchecked; None if it has none."""
         ...
 
-    def read(self) -> tuple[np.ndarray, np.ndarray, bytes | None]:
+    def read(self, on_values: OnValues = nothing) -> tuple[np.ndarray, np.ndarray, bytes | None]:
         """Returns image (H, W, 3) uint8 RGB, label (H, W) uint8, and what `original` returns.
 
-        The label is 255 throughout where there is none.
+        The label is 255 throughout where there is none. `on_values` is called where there is a
+        label file, unless that holds colours. The last one is None for an image that is to be
+        stored in another way than its own: one whose bytes do not decode to what it shows (turned
+        by EXIF, of more than 8 bits), or of a format that takes much room.
 
         Raises:
           BadExample: if the two cannot be used.
@@ -148,14 +159,9 @@ class Pair:
     def original(self) -> bytes:
         return _read(self.image)
 
-    def read(self) -> tuple[np.ndarray, np.ndarray, bytes | None]:
-        """As `Example.read`; the bytes are None for an image that is to be stored in another way.
-
-        That is one whose bytes do not decode to what it shows: turned by EXIF, of more than 8 bits,
-        or of a format that takes much room.
-        """
-        encoded = self.original()
+    def read(self, on_values: OnValues = nothing) -> tuple[np.ndarray, np.ndarray, bytes | None]:
         stored = None if self.label is None else self._stored_label()
+        encoded = self.original()
         try:
             photo = codec.decode_photo(encoded, self.bits)
         except codec.Unusable as error:
@@ -171,7 +177,7 @@ class Pair:
                 f"{_by(image.shape)} (height x width{_turned(photo, stored.values.shape)})"
             )
         else:
-            label = self._class_ids(stored)
+            label = self._class_ids(stored, on_values)
         return image, label, encoded if photo.as_stored else None
 
     def _stored_label(self) -> codec.Mask:
@@ -185,12 +191,13 @@ class Pair:
         except codec.Unusable as error:
             raise BadExample(f"{self.label} {error}") from error
 
-    def _class_ids(self, stored: codec.Mask) -> np.ndarray:
+    def _class_ids(self, stored: codec.Mask, on_values: OnValues) -> np.ndarray:
         values, ids = stored.values, self.label_ids
         if values.ndim == 3:
             if not ids.equal_channels or (values != values[..., :1]).any():
                 return self._ids_of_colors(values)
             values = values[..., 0]
+        on_values(values)
         if ids.unclear:
             raise BadExample(f"{self.label} holds class ids, but {ids.unclear}")
         wrong = values[(values < 0) | (values >= len(ids.table))]

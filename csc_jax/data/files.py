@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from csc_jax import paths
 from csc_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -215,20 +216,6 @@ def is_file(path: Path, field: str) -> bool:
         raise unreadable(error, field, path) from error
 
 
-def user_path(text: str, field: str) -> Path:
-    """Returns a path as the user wrote it, with "~" replaced.
-
-    Raises:
-      UserError: for a home that is not known, or a name that no file can have.
-    """
-    if "\0" in text:
-        raise UserError(f"{field} {text!r} holds a NUL character, which no path can. Remove it.")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # "~" of an unknown user, or no home
-        raise UserError(f"{field} {text}: {error}. Write the path in full.") from error
-
-
 def read_text(path: Path, field: str) -> str:
     """Returns a text file's content: UTF-8, or UTF-16 as Windows writes it; without its BOM.
 
@@ -285,7 +272,7 @@ def existing_root(root: str, layout: str) -> Path:
             f"data.root is not set; pass --config.data.root=DIR, a folder with {layout}."
         )
     try:
-        folder = user_path(root, "data.root").resolve()
+        folder = paths.given("data.root", root).resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise unreadable(error, "data.root", root) from error
     if not is_folder(folder, "data.root"):

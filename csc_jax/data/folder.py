@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from ml_collections import ConfigDict
 
+from csc_jax import paths
 from csc_jax.data import files
 from csc_jax.data.class_list import ClassList, read_classes
 from csc_jax.data.example import BadExample, LabelIds, Listing, Notes, Pair, check_splits, label_ids
@@ -100,7 +101,7 @@ def _part(root: Path, name: str) -> Path:
 
 def _class_list(root: Path, given: str) -> Path:
     if given:
-        return files.user_path(given, "data.folder.classes")
+        return paths.given("data.folder.classes", given)
     for name in _LISTS:
         if files.is_file(root / name, "data.root"):
             return root / name

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from csc_jax import paths
 from csc_jax.data import files
 
 _SUFFIXES = "|".join(re.escape(suffix) for suffix in files.IMAGE_SUFFIXES)
@@ -64,7 +65,7 @@ class Ids:
 
 def read_lines(path: str, field: str) -> list[str]:
     """Returns the lines of a list that are not blank; UserError if it cannot be read as text."""
-    text = files.read_text(files.user_path(path, field), field)
+    text = files.read_text(paths.given(field, path), field)
     return [line for line in text.split("\n") if line.strip()]
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from ml_collections import ConfigDict
 
+from csc_jax import text
 from csc_jax.data import list_file
 from csc_jax.data.source import Dataset, Source
 from csc_jax.errors import UserError
@@ -162,9 +163,6 @@ def _refuse(field: str, path: str, unknown: Sequence[str], dataset: Dataset) -> 
 
 def _some(names: Iterable[str]) -> str:
     """Names the first few, of which a hostile list may hold anything, and counts the rest."""
-    names = [
-        name if name.isprintable() and len(name) <= _LONGEST else ascii(name[:_LONGEST])
-        for name in sorted(set(names))
-    ]
+    names = [text.name(name[:_LONGEST]) for name in sorted(set(names))]
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax.data.canvas import Canvas, box, disc, hsv, polygon
-from csc_jax.data.example import Listing
+from csc_jax.data.example import Listing, OnValues, nothing
 from csc_jax.data.street_objects import (
     BUILDING,
     CLASS_NAMES,
@@ -80,7 +80,7 @@ class Scene:
     def original(self) -> None:
         """No file stands behind a scene."""
 
-    def read(self) -> tuple[np.ndarray, np.ndarray, None]:
+    def read(self, on_values: OnValues = nothing) -> tuple[np.ndarray, np.ndarray, None]:
         """Draws image (H, W, 3) uint8 RGB and label (H, W) uint8; no file stands behind them."""
         stream = zlib.crc32(self.split.encode())
         rng = np.random.default_rng([self.seed, stream, self.index])
