@@ -28,7 +28,7 @@ def changed(config: ConfigDict, **fields: object) -> ConfigDict:
 
 def prepared(tmp_path: Path) -> list[Path]:
     """Returns the folders of the cache that a run would take for whole."""
-    return sorted((tmp_path / "cache").glob("*/*/1.0.0"))
+    return sorted((tmp_path / "cache").glob("*/*/2.0.0"))
 
 
 def take(iterator, count: int) -> list:

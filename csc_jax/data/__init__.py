@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from csc_jax.data import builder, camvid, cityscapes, folder, pascal_voc, synthetic
+from csc_jax.data import builder, camvid, census, cityscapes, folder, pascal_voc, synthetic
 from csc_jax.data.codec import cpu_count, read_image
 from csc_jax.data.example import Listing
 from csc_jax.data.partition import Partition, partition, write_partition
@@ -24,6 +24,8 @@ from csc_jax.data.pipeline import (
 )
 from csc_jax.data.source import Dataset, Source
 from csc_jax.errors import UserError
+
+log = logging.getLogger("csc_jax")
 
 __all__ = [
     "Dataset",
@@ -57,6 +59,8 @@ _FINDERS: dict[str, Callable[[ConfigDict], Listing]] = {
 def load(config: ConfigDict) -> Dataset:
     """Returns the data set `config.name`, which it checks and stores in `cache_dir` if it is new.
 
+    Logs the census of its labels, and a warning for what is odd about it.
+
     Args:
       config: the `data` part of the configuration.
 
@@ -79,4 +83,7 @@ def load(config: ConfigDict) -> Dataset:
     dataset = builder.prepare(config.name, listing, config.cache_dir, size)
     for line in listing.notes.lines() if listing.notes else ():
         log.warning("%s: %s", config.name, line)
+    log.info("%s", census.table(dataset.census, dataset.class_names))
+    for warning in census.warnings(dataset.census, dataset.class_names, dataset.name):
+        log.warning("%s", warning)
     return dataset

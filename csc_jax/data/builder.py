@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from csc_jax.data import codec, transforms
+from csc_jax import paths
+from csc_jax.data import census, codec, transforms
 from csc_jax.data.checked import Checked, Encoded
 from csc_jax.data.example import BadExample, Example, Listing
 from csc_jax.data.source import Dataset, Source
@@ -41,9 +43,9 @@ def prepare(name: str, listing: Listing, cache_dir: str, image_size: tuple[int, 
 
     Raises:
       UserError: naming the first bad images and the number of all, or for a full or unwritable
-        `cache_dir`.
+        `cache_dir`, or labels that hold no class at all.
     """
-    root = Path(cache_dir).expanduser() if cache_dir else Path.home() / ".cache" / "csc_jax"
+    root = paths.cache_folder("data.cache_dir", cache_dir)
     splits = listing.splits
     keys = {
         split: [_key(example, image_size) for example in examples]
@@ -51,38 +53,47 @@ def prepare(name: str, listing: Listing, cache_dir: str, image_size: tuple[int, 
     }
     folder = root / f"{name}-{_fingerprint(keys)}"
     checked = Checked(root / f"{name}.checked")
-    builder = Segmentation(splits, keys, image_size, checked, data_dir=os.fspath(folder))
-    if not builder.data_path.exists():
-        try:
+    try:
+        builder = Segmentation(splits, keys, image_size, checked, data_dir=os.fspath(folder))
+        if not builder.data_path.exists():
             root.mkdir(parents=True, exist_ok=True)
             with _alone(root / f"{name}.lock", name):
                 if not builder.data_path.exists():  # the other process may have made it
                     _store(builder, root, name)
-        # ArrayRecord reports a full disk as RuntimeError.
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"Preparing the data in {root} failed: {error}. Free or grant space there, or set "
-                "data.cache_dir to another folder; what was checked so far is kept."
-            ) from error
-    # The stored folder describes itself; its reader can go to another process, `builder` cannot.
-    stored = tfds.builder_from_directory(builder.data_path)
+        # The stored folder describes itself; its reader can go to another process, `builder`
+        # cannot.
+        stored = tfds.builder_from_directory(builder.data_path)
+    # ArrayRecord reports a full disk as RuntimeError.
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"Preparing the data in {root} failed: {error}. Free or grant space there, or set "
+            "data.cache_dir to another folder; what was checked so far is kept."
+        ) from error
     raw = tfds.decode.SkipDecoding()
+    metadata = stored.info.metadata
     sources = {
         split: Source(
             ids=tuple(example.id for example in examples),
             without_label=frozenset(example.id for example in examples if not example.has_label),
-            max_size=tuple(stored.info.metadata["max_size"][split]),
+            max_size=tuple(metadata["max_size"][split]),
             records=stored.as_data_source(split=split, decoders={"image": raw, "label": raw}),
+            digests=tuple(digest for digest, _ in metadata["images"][split]),
+            classes=tuple(int(held, 16) for _, held in metadata["images"][split]),
         )
         for split, examples in splits.items()
     }
-    return Dataset(name, listing.class_names, listing.palette, sources)
+    counted = {
+        split: census.read(kept, len(listing.class_names))
+        for split, kept in metadata["census"].items()
+    }
+    census.check(counted, name)
+    return Dataset(name, listing.class_names, listing.palette, sources, counted)
 
 
 class Segmentation(tfds.core.GeneratorBasedBuilder):
     """Stores id, encoded image and PNG label of every example; fails as a whole on any bad one."""
 
-    VERSION = tfds.core.Version("1.0.0")  # raise when what is stored for an example changes
+    VERSION = tfds.core.Version("2.0.0")  # raise when what is stored for an example changes
 
     def __init__(
         self,
@@ -105,14 +116,14 @@ class Segmentation(tfds.core.GeneratorBasedBuilder):
             tfds.features.Image(shape=(None, None, 3)),
             tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
         )
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self,
             features=tfds.features.FeaturesDict(
                 {"id": tfds.features.Text(), "image": image, "label": label}
             ),
             # The order of the records is that of the ids; Grain shuffles while training.
             disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(max_size={}),
+            metadata=tfds.core.MetadataDict(max_size={}, images={}, census={}),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -121,21 +132,29 @@ class Segmentation(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         items, max_size = list(zip(self.splits[split], self.keys[split], strict=True)), (0, 0)
+        images, tally = list[tuple[str, str]](), census.Tally()
         with ThreadPoolExecutor(codec.cpu_count()) as pool:
             for start in range(0, len(items), _CHUNK):
                 chunk = items[start : start + _CHUNK]
-                for offset, (record, size) in enumerate(pool.map(self._record, chunk)):
-                    max_size = max(max_size[0], size[0]), max(max_size[1], size[1])
+                for offset, (record, encoded) in enumerate(pool.map(self._record, chunk)):
+                    if encoded is not None:
+                        size, facts = encoded.size, encoded.facts
+                        max_size = max(max_size[0], size[0]), max(max_size[1], size[1])
+                        images.append((facts.digest, f"{facts.classes:x}"))
+                        if chunk[offset][0].has_label:
+                            tally.add(facts)
                     self.on_image()
                     yield start + offset, record
         self.info.metadata["max_size"][split] = max_size
+        self.info.metadata["images"][split] = images
+        self.info.metadata["census"][split] = tally.as_json()
         # Only after the last split, so that one error names the bad files of all. Raised in here it
         # makes TFDS drop the folder, which has a temporary name until all splits are done.
         if self.problems and split == list(self.splits)[-1]:
             raise _Unusable
 
-    def _record(self, item: tuple[Example, str]) -> tuple[dict[str, Any], tuple[int, int]]:
-        """Returns the record and its (height, width); notes a bad example and returns a stub."""
+    def _record(self, item: tuple[Example, str]) -> tuple[dict[str, Any], Encoded | None]:
+        """Returns the record and what it is made of; notes a bad example and returns a stub."""
         example, key = item
         try:
             encoded = self.checked.load(key)
@@ -145,11 +164,12 @@ class Segmentation(tfds.core.GeneratorBasedBuilder):
             image = encoded.image or example.original()
         except BadExample as problem:
             self.problems.append(str(problem))
-            return {"id": example.id, "image": b"", "label": b""}, (0, 0)
-        return {"id": example.id, "image": image, "label": encoded.label}, encoded.size
+            return {"id": example.id, "image": b"", "label": b""}, None
+        return {"id": example.id, "image": image, "label": encoded.label}, encoded
 
     def _encode(self, example: Example) -> Encoded:
-        image, label, original = example.read()
+        values: list[np.ndarray] = []
+        image, label, original = example.read(values.append)
         if any(self._image_size):
             image, label = transforms.resize(image, label, self._image_size)
             original = None
@@ -157,7 +177,15 @@ class Segmentation(tfds.core.GeneratorBasedBuilder):
             image=None if original else codec.encode_png(image),
             label=codec.encode_png(label),
             size=(label.shape[0], label.shape[1]),
+            facts=census.facts(original or image, label, values[0] if values else None),
         )
+
+
+class _Info(tfds.core.DatasetInfo):
+    """Does not look for what TFDS may know of the data set; that leaves a folder in /tmp."""
+
+    def initialize_from_bucket(self) -> None:
+        """Does nothing."""
 
 
 class _Unusable(Exception):
@@ -221,7 +249,11 @@ def _describe(problems: Sequence[str], bad_files: Path) -> str:
 
 
 def _key(example: Example, image_size: tuple[int, int]) -> str:
-    content = f"{Segmentation.VERSION} {tuple(image_size)}\n{example.id}\n{example.fingerprint()}"
+    try:
+        fingerprint = example.fingerprint()
+    except OSError as error:  # reading it fails too, and names it together with all that do
+        fingerprint = f"unreadable {error}"
+    content = f"{Segmentation.VERSION} {tuple(image_size)}\n{example.id}\n{fingerprint}"
     return hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()[:24]
 
 

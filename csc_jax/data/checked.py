@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from csc_jax.data.census import Facts
+
 
 class Encoded(NamedTuple):
     """One image as it will be stored.
@@ -15,11 +17,13 @@ class Encoded(NamedTuple):
       image: None = the user's own encoding.
       label: PNG of class ids.
       size: (height, width) px.
+      facts: of both.
     """
 
     image: bytes | None
     label: bytes
     size: tuple[int, int]
+    facts: Facts
 
 
 class Checked:
@@ -42,9 +46,11 @@ class Checked:
             with self._path(key).open("rb") as file, np.load(file) as stored:
                 image, label = stored["image"].tobytes(), stored["label"].tobytes()
                 height, width = stored["size"].tolist()
+                values = dict(stored["values"].tolist())
+                facts = Facts(str(stored["digest"]), tuple(stored["ids"].tolist()), values)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
-        return Encoded(image or None, label, (height, width))
+        return Encoded(image or None, label, (height, width), facts)
 
     def save(self, key: str, encoded: Encoded) -> None:
         """Saves all or nothing; OSError if that is not possible."""
@@ -57,6 +63,9 @@ class Checked:
                     image=np.frombuffer(encoded.image or b"", np.uint8),
                     label=np.frombuffer(encoded.label, np.uint8),
                     size=np.array(encoded.size),
+                    digest=np.array(encoded.facts.digest),
+                    ids=np.array(encoded.facts.ids),
+                    values=np.array(list(encoded.facts.values.items()), np.int64).reshape(-1, 2),
                 )
             unfinished.replace(self._path(key))
         except BaseException:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from csc_jax.data import codec
+from csc_jax.data.census import Counts
 from csc_jax.errors import UserError
 
 
@@ -26,12 +27,16 @@ class Source:
       max_size: (height, width) px, each the largest of any image of the split.
       records: encoded `image` and `label` bytes of each id.
       without_label: ids whose label is 255 throughout, as the data set has none for them.
+      digests: of each image and its label (`census.Facts`), or none at all.
+      classes: that each label holds, as the bits of a number, or none at all.
     """
 
     ids: tuple[str, ...]
     max_size: tuple[int, int]
     records: Sequence[Mapping[str, bytes]]
     without_label: frozenset[str] = frozenset()
+    digests: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,12 +79,14 @@ class Dataset:
       class_names: C names; the index is the class id.
       palette: (C, 3) uint8 RGB, for drawing.
       sources: by split, "train" and "val" at least.
+      census: of the labels, by split.
     """
 
     name: str
     class_names: tuple[str, ...]
     palette: np.ndarray
     sources: Mapping[str, Source]
+    census: Mapping[str, Counts] = dataclasses.field(default_factory=dict)
 
     def source(self, split: str) -> Source:
         """Returns a split, or several as one for a name such as "val+test".
@@ -109,6 +116,8 @@ class Dataset:
             max_size=(max(p.max_size[0] for p in parts), max(p.max_size[1] for p in parts)),
             records=_Chain([part.records for part in parts]),
             without_label=frozenset().union(*(part.without_label for part in parts)),
+            digests=tuple(itertools.chain.from_iterable(part.digests for part in parts)),
+            classes=tuple(itertools.chain.from_iterable(part.classes for part in parts)),
         )
 
 
