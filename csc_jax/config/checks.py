@@ -29,6 +29,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "optimizer.name": ("sgd", "adamw"),
     "eval.network": ("teacher", "student"),
     "eval.mode": ("whole", "sliding", "center_crop"),
+    "checkpoint.allow_new_unlabeled": (False, True),
 }
 
 # (lowest, highest) allowed value.
@@ -192,11 +193,8 @@ def validate(config: ConfigDict) -> None:
             f"eval.scales is {scales}; it takes one ratio above 0 or more, as in "
             "--config.eval.scales=0.75,1.0,1.25."
         )
-    if bool(config.train.steps) == bool(config.train.epochs):
-        raise UserError(
-            f"train.steps is {config.train.steps} and train.epochs is {config.train.epochs:g}; "
-            "exactly one of them must be above 0."
-        )
+    if not config.train.steps and not config.train.epochs:
+        raise UserError("train.steps and train.epochs are both 0; one of them must be above 0.")
     if not 0 <= config.optimizer.warmup <= config.train.steps and config.train.steps:
         raise UserError(
             f"optimizer.warmup is {config.optimizer.warmup} steps, more than the "
@@ -206,20 +204,27 @@ def validate(config: ConfigDict) -> None:
 
 # What may change from one part of a run to the next: none of it alters the state.
 _MAY_CHANGE = (
-    *("data.root", "data.cache_dir", "data.threads", "data.prefetch", "data.workers"),
-    "data.max_unreadable",
+    *("data.root", "data.cache_dir", "data.threads", "data.prefetch", "data.max_unreadable"),
     *("batch.eval", "train.steps", "train.log_every", "train.eval_every", "train.panels"),
     *("model.remat", "train.max_rejected", "eval.", "checkpoint.", "parallel.", "debug.", "wandb"),
 )
 
 
-def check_resumed(stored: dict[str, Any], config: ConfigDict, version: str) -> list[str]:
+# What may change besides where the images themselves are compared (`training.identity`).
+_SAY_WHICH_IMAGES = ("data.labeled_list", "data.unlabeled_list", "data.labeled_fraction")
+
+
+def check_resumed(
+    stored: dict[str, Any], config: ConfigDict, version: str, *, images_compared: bool = False
+) -> list[str]:
     """Compares the config of a checkpoint with the one that is to continue it.
 
     Args:
       stored: `to_plain` of the resolved config in the checkpoint.
       config: resolved.
       version: of this package, that wrote the checkpoint.
+      images_compared: whether the checkpoint says which images it was trained on, so that fields
+        that choose them may change as long as they choose the same.
 
     Returns:
       One line for each field that differs and may.
@@ -233,7 +238,8 @@ def check_resumed(stored: dict[str, Any], config: ConfigDict, version: str) -> l
     before = before | changes.fields_before(before, version) | stored
     changed = [name for name in now if now[name] != before[name]]
     lines = {name: f"{name}: {before[name]} before, {now[name]} now" for name in changed}
-    refused = [name for name in changed if not name.startswith(_MAY_CHANGE)]
+    may_change = _MAY_CHANGE + (_SAY_WHICH_IMAGES if images_compared else ())
+    refused = [name for name in changed if not name.startswith(may_change)]
     if refused:
         raise UserError(
             f"The work directory holds a run of another config: "

@@ -219,7 +219,7 @@ def default_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 0  # optimizer steps; 0 = take train.epochs instead
-    c.train.epochs = 0.0  # passes over the unlabelled list (decisions.md 20)
+    c.train.epochs = 0.0  # passes over the unlabelled list where steps is 0 (decisions.md 20)
     c.train.log_every = 10  # steps between progress lines and metric records
     c.train.eval_every = 100  # steps between evaluations; 0 = only at the end
     c.train.panels = 4  # val images drawn into W/plots at each evaluation
@@ -241,6 +241,7 @@ def default_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 0  # steps between checkpoints; 0 = at each evaluation
     c.checkpoint.keep = 2  # newest ones kept, besides the best by mIoU
+    c.checkpoint.allow_new_unlabeled = False  # go on with other unlabelled images than before
 
     c.parallel = ConfigDict()
     c.parallel.devices = 0  # devices in the mesh; 0 = all that JAX sees
@@ -261,9 +262,8 @@ def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
       steps_per_epoch: steps of one pass over the unlabelled list.
     """
     config = config.copy_and_resolve_references()
-    if config.train.epochs:
-        config.train.steps = max(1, round(config.train.epochs * steps_per_epoch))
-        config.train.epochs = 0.0
+    config.train.steps = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
+    config.train.epochs = 0.0
     if config.method.supervised_only_epochs:
         epochs = config.method.supervised_only_epochs
         config.method.supervised_only = round(epochs * steps_per_epoch)

@@ -88,6 +88,11 @@ class Dataset:
     sources: Mapping[str, Source]
     census: Mapping[str, Counts] = dataclasses.field(default_factory=dict)
 
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
     def source(self, split: str) -> Source:
         """Returns a split, or several as one for a name such as "val+test".
 

@@ -223,7 +223,8 @@ def _load(file: BinaryIO, storages: dict[str, np.dtype] | None = None) -> Any:
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
             # CPython makes a table of that length; what writes pickles counts up.
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= argument <= count:
+            puts = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+            if puts and not 0 <= int(argument or 0) <= count:
                 raise Hostile("a pickle whose memo is out of order")
     except ValueError as error:
         if stream.tell() < _MOST_PICKLED or isinstance(error, Hostile):

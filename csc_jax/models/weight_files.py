@@ -143,7 +143,7 @@ def _read_torch(path: Path, keys: Sequence[str]) -> StateDict:
         if not isinstance(content, dict):
             raise _NoStateDict(f"holds a {type(content).__name__}, not a state dict.")
         content = dict(dict.items(content))  # nothing but a dictionary: a pickle may add to one
-        chosen = dict(dict.items(unwrap(content, keys)))  # type: ignore[arg-type]
+        chosen: dict[Any, Any] = dict(dict.items(unwrap(content, keys)))  # type: ignore[arg-type]
         tensors = {key: value for key, value in chosen.items() if isinstance(value, Tensor)}
         if not tensors:
             raise _NoStateDict(

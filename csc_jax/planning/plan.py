@@ -282,7 +282,8 @@ def _data_set(config: ConfigDict, classes: int | None, unlabeled: int | None) ->
     listed = config.data.labeled_list or config.data.unlabeled_list or not train
     if unlabeled is None and not listed:
         unlabeled = train + extra - labeled or train
-    if unlabeled is None and (config.train.epochs or config.method.supervised_only_epochs):
+    in_epochs = config.train.epochs and not config.train.steps
+    if unlabeled is None and (in_epochs or config.method.supervised_only_epochs):
         raise UserError(
             "The config counts in epochs, passes over an unlabelled list that a plan cannot know "
             "without reading it: say how many images are on it with --unlabeled=N."

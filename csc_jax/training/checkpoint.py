@@ -8,12 +8,14 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import json
 import logging
 import re
 import shutil
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -50,6 +52,7 @@ class Checkpointer:
         self._read_only = read_only
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._saving: Future | None = None
+        self._checked = read_only  # whether one of this process's checkpoints has been read back
         directory = Path(workdir).absolute() / "checkpoints"
         self.directory = directory
         policy = AnyPreservationPolicy(
@@ -70,17 +73,17 @@ class Checkpointer:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
-        if read_only and not directory.is_dir():
-            raise UserError(
-                f"{directory} does not exist: the work directory holds no checkpoint. Give the "
-                "--workdir of a training run."
-            )
         try:
+            if read_only and not directory.is_dir():
+                raise UserError(
+                    f"{directory} does not exist: the work directory holds no checkpoint. Give the "
+                    "--workdir of a training run."
+                )
             if not read_only:  # or it would show only at the first save
                 directory.mkdir(parents=True, exist_ok=True)
                 _try_to_write(directory)
             self._manager = ocp.CheckpointManager(
-                directory,
+                self._plain_name(directory),
                 options=options,
                 # Named here so that a new process can read shapes without having saved first.
                 item_handlers={
@@ -91,10 +94,33 @@ class Checkpointer:
                 },
             )
         except OSError as error:
+            use = "read from" if read_only else "kept in"
             raise UserError(
-                f"Checkpoints cannot be kept in {directory}: {error}. Choose a --workdir that can "
-                "be written to."
+                f"Checkpoints cannot be {use} {directory}: {error}. Choose a --workdir that can "
+                f"be {'read' if read_only else 'written to'}."
             ) from error
+
+    def _plain_name(self, directory: Path) -> Path:
+        """Returns a path for Orbax, which takes the characters of a pattern for a pattern.
+
+        Where the path has such characters it is a link to the directory, for as long as this lives.
+
+        Raises:
+          UserError: there is no place for such a link.
+        """
+        if not _PATTERN.search(str(directory)):
+            return directory
+        place = Path(tempfile.gettempdir())
+        if jax.process_count() > 1 or _PATTERN.search(str(place)):
+            raise UserError(
+                f"The path of the checkpoints, {directory}, has one of the characters [ ] * ? \\, "
+                "which the library that writes them takes for a pattern. Choose another --workdir."
+            )
+        folder = tempfile.mkdtemp(prefix="csc_jax_", dir=place)
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        link = Path(folder) / "checkpoints"
+        link.symlink_to(directory, target_is_directory=True)
+        return link
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -151,6 +177,31 @@ class Checkpointer:
                 )
             else:
                 self._manager.save(step, args=arguments, metrics=metrics)
+        if not self._checked:
+            self.wait()
+            self._read_back(step, state, run)
+            self._checked = True
+
+    def _read_back(self, step: int, state: TrainState, run: dict[str, Any]) -> None:
+        """Reads what a checkpoint says it holds, as a new process would.
+
+        Raises:
+          UserError: it cannot be read, or says something else.
+        """
+        try:
+            with Checkpointer(self.directory.parent, read_only=True) as reader:
+                reader._check_shapes(step, state)
+                same = reader.describe(str(step)) == json.loads(json.dumps(run))
+        except Exception as error:  # whatever a restart would meet
+            raise UserError(
+                f"The checkpoint {self.directory / str(step)} was written, but cannot be read back "
+                f"({_brief(error)}). Choose a --workdir on another disk."
+            ) from error
+        if not same:
+            raise UserError(
+                f"The checkpoint {self.directory / str(step)} was written, but holds something "
+                "else now. Choose a --workdir on another disk."
+            )
 
     def restore(
         self,
@@ -301,6 +352,9 @@ class Checkpointer:
                 f"class count, model, method or bank?): {'; '.join(differences[:3])}{more}. Use "
                 "the config of that run or another --workdir."
             )
+
+
+_PATTERN = re.compile(r"[\[\]*?\\]")
 
 
 def _try_to_write(directory: Path) -> None:

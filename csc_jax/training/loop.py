@@ -1,8 +1,10 @@
 """The host loop: feeds the step, records, evaluates, draws, saves; continues where it stopped."""
 
 import contextlib
+import functools
 import json
 import logging
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import csc_jax
 from csc_jax import config as config_lib
 from csc_jax import data
 from csc_jax.config import checks as config_checks
+from csc_jax.data import census
 from csc_jax.errors import Interrupted, UserError
 from csc_jax.evaluation import Scores
 from csc_jax.parallel import distributed
@@ -22,6 +25,7 @@ from csc_jax.reporting.probe import PSEUDO_LABEL, Probe
 from csc_jax.reporting.recorder import Recorder, open_recorder
 from csc_jax.reporting.writers import read_metrics
 from csc_jax.state import TrainState
+from csc_jax.training import identity
 from csc_jax.training.background import in_background
 from csc_jax.training.checkpoint import Checkpointer, Restored
 from csc_jax.training.experiment import Experiment, build, load_data
@@ -51,23 +55,38 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     if dataset is None:  # the first process has prepared it, unless it is on another host
         dataset = load_data(config)
     partition = data.partition(config.data, dataset, config.seed)
-    config = config_lib.resolve(config, data.steps_per_epoch(config, partition))
+    if config.train.steps and config.train.epochs:
+        log.info(
+            "train.steps = %d counts, train.epochs = %g of the config does not",
+            *(config.train.steps, config.train.epochs),
+        )
+    steps_per_epoch = data.steps_per_epoch(config, partition)
+    if config.checkpoint.allow_new_unlabeled:  # all lengths stay as the run began with them
+        steps_per_epoch = _steps_per_epoch_before(workdir) or steps_per_epoch
+    config = config_lib.resolve(config, steps_per_epoch)
     iterator = data.train_iterator(
         config, dataset, partition, jax.process_index(), jax.process_count()
     )
     val = dataset.source(config.eval.split)
+    images = identity.describe(dataset, partition, config.eval.split, steps_per_epoch)
     experiment = build(config, dataset.class_names, dataset.palette)
+    _look_at_labels(experiment, dataset, partition)
 
     with contextlib.ExitStack() as stack:
         distributed.first_only(lambda: stack.enter_context(lock(workdir)))
         stop = stack.enter_context(StopRequest())
         checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint.keep))
-        return _train(experiment, partition, iterator, val, checkpointer, stop, workdir)
+        run = describe(experiment) | {"data": images}
+        return _train(
+            experiment, dataset, partition, run, iterator, val, checkpointer, stop, workdir
+        )
 
 
 def _train(
     experiment: Experiment,
+    dataset: data.Dataset,
     partition: data.Partition,
+    run: dict[str, Any],
     iterator: data.TrainIterator,
     val: data.Source,
     checkpointer: Checkpointer,
@@ -75,10 +94,9 @@ def _train(
     workdir: Path,
 ) -> Scores:
     config, total = experiment.config, experiment.config.train.steps
-    run = describe(experiment)
-    state, step_fn, restored = _prepare(experiment, checkpointer, iterator)
+    state, step_fn, restored = _prepare(experiment, run, checkpointer, iterator)
     start = int(state.step)
-    distributed.first_only(lambda: _write_what_is_run(run, partition, workdir))
+    distributed.first_only(lambda: _write_what_is_run(run, dataset, partition, workdir))
     _log_what_is_run(experiment, partition, len(val), start, workdir)
 
     probe = Probe(experiment, val)
@@ -86,7 +104,7 @@ def _train(
         probe.resume(restored.probe, restored.loop.get("probe"))
     probe.measure(start, state)
     scores: Scores | None = None
-    with open_recorder(config, workdir, start, data.steps_per_epoch(config, partition)) as recorder:
+    with open_recorder(config, workdir, start, run["data"]["steps_per_epoch"]) as recorder:
         # A run that was stopped before it could evaluate leaves that to the next, which then saves
         # the step again, with the score that decides whether it is the best.
         evaluation_due = False
@@ -139,7 +157,10 @@ def _train(
 
 
 def _prepare(
-    experiment: Experiment, checkpointer: Checkpointer, iterator: data.TrainIterator
+    experiment: Experiment,
+    run: dict[str, Any],
+    checkpointer: Checkpointer,
+    iterator: data.TrainIterator,
 ) -> tuple[TrainState, Step, Restored | None]:
     """Returns the state to go on from, the step, perhaps still compiling, and what was restored.
 
@@ -148,7 +169,7 @@ def _prepare(
     config = experiment.config
     abstract_state = experiment.abstract_state()
     restored = checkpointer.restore(
-        abstract_state, check=lambda stored: _check_resumed(stored, config)
+        abstract_state, check=lambda stored: _check_resumed(stored, run, config)
     )
     # Nothing compiles before all is there that a user may have to repair: a compiler cannot be
     # stopped.
@@ -229,14 +250,66 @@ def describe(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _write_what_is_run(run: dict[str, Any], partition: data.Partition, workdir: Path) -> None:
+def _write_what_is_run(
+    run: dict[str, Any], dataset: data.Dataset, partition: data.Partition, workdir: Path
+) -> None:
+    counted = {"data": dataset.name} | census.as_json(dataset.census, dataset.class_names)
     try:
         data.write_partition(partition, workdir)
         (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
+        (workdir / "data.json").write_text(json.dumps(counted, indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"{workdir} cannot be written: {error}. Make room, or choose another --workdir."
         ) from error
+
+
+def _steps_per_epoch_before(workdir: Path) -> int | None:
+    """Returns what the run in a work directory began with; None where none has begun."""
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    with Checkpointer(workdir, read_only=True) as checkpointer:
+        if checkpointer.latest_step() is None:
+            return None
+        steps = checkpointer.describe().get("data", {}).get("steps_per_epoch")
+        return None if steps is None else int(steps)
+
+
+def _look_at_labels(
+    experiment: Experiment, dataset: data.Dataset, partition: data.Partition
+) -> None:
+    """Says what the labelled images mean for this run.
+
+    Raises:
+      UserError: none of them has a pixel of any class.
+    """
+    held = dict(zip(dataset.sources["train"].ids, dataset.sources["train"].classes, strict=False))
+    if not held:  # a data set that was not counted
+        return
+    present = functools.reduce(operator.or_, (held[image] for image in partition.labeled), 0)
+    if not present:
+        raise UserError(
+            f"None of the {len(partition.labeled)} labelled images has a pixel of any class; all "
+            "of them are to be ignored. Take more images (data.labeled_fraction), others (seed), "
+            "or a list (data.labeled_list)."
+        )
+    contrast = experiment.config.contrast
+    if jax.eval_shape(experiment.method.init_bank) is None or not contrast.memory_bank:
+        return
+    absent = [
+        i
+        for i in range(dataset.num_classes)
+        if not present >> i & 1 and i not in contrast.absent_classes
+    ]
+    if absent:
+        ids = sorted({*absent, *contrast.absent_classes})
+        log.warning(
+            "No labelled image of this run holds %s: the memory bank will have no feature of it, "
+            "so L_c will never start and L_p stays. If the data lack it, say so: "
+            "--config.contrast.absent_classes=%s",
+            census.names(dataset.class_names, absent),
+            ",".join(map(str, ids)) + ("," if len(ids) == 1 else ""),
+        )
 
 
 def _log_what_is_run(
@@ -260,7 +333,15 @@ def _log_what_is_run(
     )
 
 
-def _check_resumed(stored: dict[str, Any], config: ConfigDict) -> None:
+def _check_resumed(stored: dict[str, Any], run: dict[str, Any], config: ConfigDict) -> None:
     version = stored.get("version", "0.1.0")  # which did not say so
-    for line in config_checks.check_resumed(stored["config"], config, version):
+    compared = "data" in stored
+    lines = config_checks.check_resumed(stored["config"], config, version, images_compared=compared)
+    lines += identity.compare(stored, run, config.checkpoint.allow_new_unlabeled)
+    for line in lines:
         log.info("changed since the checkpoint: %s", line)
+    if not compared:
+        log.warning(
+            "The checkpoint does not say which images it was trained on, as those of earlier "
+            "versions do not; the run goes on with the images of now"
+        )
