@@ -79,7 +79,7 @@ def test_configs_survive_json():
         ("data.labeled_fraction", "1/3", r"takes one of '1/2'"),
         ("contrast.temperature", 0.0, r"contrast.temperature is 0\.0"),
         ("data.crop_size", (64,), "takes 2 numbers"),
-        ("train.epochs", 3.0, "exactly one of them"),
+        ("train.steps", 0, "both 0; one of them must be above 0"),
         ("method.unimatch_view.cutmix_area", (0.4, 0.02), "lowest and the highest value"),
         ("method.unimatch_view.cutmix_ratio", (0.0, 1.0), r"within 0\.001 and 1000"),
         ("optimizer.warmup", 10_000, r"optimizer\.warmup is 10000"),
@@ -97,6 +97,10 @@ def test_lengths_are_resolved_into_steps():
     resolved = config_lib.resolve(config, steps_per_epoch=10)
     assert (resolved.train.steps, resolved.method.supervised_only) == (25, 10)
     assert resolved.checkpoint.every == resolved.train.eval_every == 3
+    config.train.steps = 7  # on top of a config in epochs
+    config_checks.validate(config)
+    both = config_lib.resolve(config, steps_per_epoch=10)
+    assert (both.train.steps, both.train.epochs, both.method.supervised_only) == (7, 0, 10)
     assert tuple(resolved.eval.window) == (32, 32)
 
 

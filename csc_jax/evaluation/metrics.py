@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csc_jax.parallel.sharding import fetch, place_whole
+from csc_jax.text import name as printable
 
 
 def confusion_matrix(labels: jax.Array, predictions: jax.Array, num_classes: int) -> jax.Array:
@@ -80,6 +81,12 @@ class Scores:
         pairs = zip(class_names, self.iou, strict=True)
         return [name for name, iou in pairs if math.isnan(iou)]
 
+    @property
+    def occurring(self) -> str:
+        """Says where the mean is not over all classes: "1 of 2 classes"; else ""."""
+        total, found = len(self.confusion), int((~np.isnan(self.iou)).sum())
+        return f"{found} of {total} classes" if found < total else ""
+
     def as_dict(self, class_names: Sequence[str]) -> dict[str, float | None]:
         """Returns `miou`, `pixel_accuracy` and `iou/<class>`; None stands for nan, as in JSON."""
         values = {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy}
@@ -89,7 +96,7 @@ class Scores:
 
     def table(self, class_names: Sequence[str]) -> str:
         """Returns an aligned text table in percent: one line a class, the mean, absent classes."""
-        rows = list(zip(class_names, self.iou, strict=True))
+        rows = list(zip(map(printable, class_names), self.iou, strict=True))
         mean = f"mean IoU ({self.note})" if self.note else "mean IoU"
         summary = [(mean, self.miou), ("pixel accuracy", self.pixel_accuracy)]
         width = max(len(name) for name, _ in [*rows, *summary])
@@ -99,7 +106,8 @@ class Scores:
         lines += [rule]
         lines += [f"{name:<{width}}  {_percent(value):>6}" for name, value in summary]
         if absent := self.absent(class_names):
-            lines.append(f"not in labels or predictions, left out of the mean: {', '.join(absent)}")
+            left_out = ", ".join(map(printable, absent))
+            lines.append(f"only {self.occurring} occurred, left out of the mean: {left_out}")
         return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """`--mode=predict`: overlays and index PNGs of anyone's images."""
 
 import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -24,15 +24,16 @@ def predict_folder(
     palette: np.ndarray,
     class_names: Sequence[str],
 ) -> list[Path]:
-    """Writes `NAME.png` and `NAME_overlay.png` for each image.
+    """Writes `NAME.png` and `NAME_overlay.png` for each image, in the sub-folder that it is in.
 
     The first holds the class ids, with the palette (`evaluation.encode_with_palette`); the second
     is the image under the classes' colours, with a legend below.
 
     Args:
       predict: image (H, W, 3) uint8 RGB of any size -> class ids (H, W) uint8.
-      images: one .jpg, .jpeg or .png, or a folder of them.
-      out: folder to write to; made where it is missing.
+      images: one .jpg, .jpeg or .png, or a folder of them, which is searched with its sub-folders.
+      out: folder to write to; made where it is missing. Where it lies in `images`, what is in it is
+        no input.
       palette: (C, 3) uint8 RGB.
       class_names: C names, for the legend.
 
@@ -43,69 +44,88 @@ def predict_folder(
       UserError: nothing to read, no place to write, or unreadable images. These are named when all
         the others are done.
     """
-    paths = _find(images)
-    if out.resolve() == (images if images.is_dir() else images.parent).resolve():
+    try:
+        found = _find(images, out)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise UserError(
-            f"--out={out} is the folder of the images, which could be overwritten. Choose another "
-            "folder."
-        )
+            f"--images={images} cannot be read: {error}. Grant access to it, or choose another."
+        ) from error
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out} cannot be made: {error}. Choose another folder.") from error
     written, unreadable = [], []
-    for path in paths:
+    for name, path in found.items():
         try:
             image = data.read_image(path)
         except UserError as error:
-            unreadable.append(f"{path.name} ({error})")
+            unreadable.append(f"{name} ({error})")
             continue
         classes = predict(image)
-        index, overlay = (out / name for name in _outputs(path))
+        index, overlay = (out / output for output in _outputs(name))
         _write(index, evaluation.encode_with_palette(classes, palette))
         blend = visualize.overlay(image, classes, palette)
         _write(overlay, codec.encode_png(visualize.with_legend(blend, palette, class_names)))
         written.append(index)
-    log.info("%d of %d images written to %s", len(written), len(paths), out)
+    log.info("%d of %d images written to %s", len(written), len(found), out)
     if unreadable:
         raise UserError(
-            f"{len(unreadable)} of {len(paths)} images under {images} could not be read: "
+            f"{len(unreadable)} of {len(found)} images under {images} could not be read: "
             f"{'; '.join(unreadable[:5])}. Replace or remove them; the others are done."
         )
     return written
 
 
-def _find(images: Path) -> list[Path]:
-    """Returns the images to predict, each with a name of its own."""
+def _find(images: Path, out: Path) -> dict[str, Path]:
+    """Returns the images to predict, by their path below `images`, each with outputs of its own."""
     if images.is_file():
-        paths = [images]
+        found = {images.name: images}
     elif images.is_dir():
-        paths = sorted(p for p in images.iterdir() if p.suffix.lower() in _SUFFIXES)
+        found = {path.relative_to(images).as_posix(): path for path in _walk(images, out.resolve())}
     else:
         raise UserError(f"--images={images} does not exist. Give an image or a folder of images.")
-    if not paths:
+    if not found:
         raise UserError(
             f"--images={images} holds no image ({', '.join(_SUFFIXES)}). Give another folder."
         )
-    names: dict[str, Path] = {}
-    for path in paths:
-        for name in _outputs(path):
-            other = names.setdefault(name.casefold(), path)  # some file systems ignore case
-            if other != path:
+    if out.resolve() == (images if images.is_dir() else images.parent).resolve():
+        raise UserError(
+            f"--out={out} is the folder of the images, which could be overwritten. Choose another "
+            "folder."
+        )
+    names: dict[str, str] = {}
+    for name in found:
+        for output in _outputs(name):
+            other = names.setdefault(output.casefold(), name)  # some file systems ignore case
+            if other != name:
                 raise UserError(
-                    f"--images={images} holds both {other.name} and {path.name}, which would be "
-                    f"written to one file, {name}. Rename one of them."
+                    f"--images={images} holds both {other} and {name}, which would be "
+                    f"written to one file, {output}. Rename one of them."
                 )
-    return paths
+    return found
 
 
-def _outputs(path: Path) -> tuple[str, str]:
-    """Returns the names of an image's index PNG and of its overlay."""
-    return f"{path.stem}.png", f"{path.stem}_overlay.png"
+def _walk(folder: Path, out: Path) -> Iterator[Path]:
+    """Yields the images below a folder in name order, but for those in `out` and hidden ones."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            if path.resolve() != out:
+                yield from _walk(path, out)
+        elif path.suffix.lower() in _SUFFIXES:
+            yield path
+
+
+def _outputs(name: str) -> tuple[str, str]:
+    """Returns the paths of an image's index PNG and of its overlay."""
+    stem = PurePosixPath(name).with_suffix("").as_posix()
+    return f"{stem}.png", f"{stem}_overlay.png"
 
 
 def _write(path: Path, encoded: bytes) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}. Choose another --out.") from error

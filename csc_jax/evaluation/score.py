@@ -1,5 +1,6 @@
 """`--mode=evaluate`: scores a checkpoint on a split, draws its worst and best images."""
 
+import itertools
 import json
 import logging
 import math
@@ -17,6 +18,8 @@ from csc_jax.evaluation import Scores
 from csc_jax.parallel import distributed
 from csc_jax.reporting import visualize
 from csc_jax.state import Network, TrainState
+from csc_jax.text import name as printable
+from csc_jax.training import identity
 from csc_jax.training.checkpoint import Checkpointer
 from csc_jax.training.experiment import Experiment, build
 
@@ -29,8 +32,10 @@ def score(
     """Scores `config.eval.network` on `config.eval.split` and prints the table.
 
     Leaves in `workdir`/evaluation a JSON file and panels of the worst and the best images, named
-    `<split>_<network>_<step>_<mode>` with `_tta` for flips or scales. Of several processes the
-    first alone writes.
+    `<split>_<network>_<step>_<mode>` with `_tta` for flips or scales and `_<height>x<width>` for
+    `data.image_size`. A report of the same name but another setting, such as another window or
+    other data, stays; the new one then ends in `_2`, `_3` and so on. Of several processes the first
+    alone writes.
 
     Args:
       config: of the run; `config.eval` says what is scored, and how.
@@ -52,7 +57,8 @@ def score(
             )
         evaluation.check_folder(save_predictions, config.data.root)
     out = _make_folder(workdir)
-    class_names = _class_names(workdir, checkpoint)
+    run = _described(workdir, checkpoint)
+    class_names = tuple(run["class_names"])
     dataset = data.load(config.data)
     if dataset.class_names != class_names:
         raise UserError(
@@ -62,6 +68,8 @@ def score(
             "it was trained for (--config.data.name, --config.data.root)."
         )
     source = dataset.source(config.eval.split)
+    trained_on = identity.trained_on(run, source)
+    _warn_of_trained(trained_on, config.eval.split, len(source))
     extremes = _Extremes(config.eval.panels)
     on_image: list[evaluation.OnImage] = [extremes] if config.eval.panels else []
     if save_predictions is not None:
@@ -80,10 +88,12 @@ def score(
         log.info("%d predictions written to %s", len(scores.per_image), save_predictions)
     if not distributed.is_first():
         return scores
-    stem = f"{config.eval.split}_{config.eval.network}_{step}_{_manner(config)}"
-    report = out / f"{stem}.json"
+    content = _report(experiment, scores, step)
+    content |= {"images_digest": identity.digest(source), "trained_on": trained_on}
     try:
-        report.write_text(json.dumps(_report(experiment, scores, step), indent=1) + "\n")
+        stem = _free_stem(out, f"{config.eval.split}_{config.eval.network}_{step}", content)
+        report = out / f"{stem}.json"
+        report.write_text(json.dumps(content, indent=1) + "\n")
         for kind, rows in (("worst", extremes.worst), ("best", extremes.best)):
             if rows:
                 heading = f"{kind} images of {config.eval.split}: {experiment.title}, "
@@ -175,11 +185,13 @@ def _report(experiment: Experiment, scores: Scores, step: int) -> dict[str, Any]
     """Returns the content of the JSON file; ratios in [0, 1], None where there is no score."""
     config = experiment.config
     flat = config_lib.to_plain(config)
+    settings = ("eval.", "data.name", "data.image_size")
     return {
         **scores.as_dict(experiment.class_names),
         "step": step,
+        "manner": _manner(config),
         "data": config.data.name,
-        "config": {name: value for name, value in flat.items() if name.startswith("eval.")},
+        "config": {name: value for name, value in flat.items() if name.startswith(settings)},
         "images": len(scores.per_image),
         "pixels": int(scores.confusion.sum()),
         "absent_classes": scores.absent(experiment.class_names),
@@ -196,16 +208,55 @@ def _manner(config: ConfigDict) -> str:
     return config.eval.mode + ("_tta" if views else "")
 
 
-def _class_names(workdir: Path, checkpoint: str) -> tuple[str, ...]:
+def _free_stem(out: Path, which: str, content: dict[str, Any]) -> str:
+    """Returns the name of a report: of none that is there, or of one with the same settings."""
+    height, width = content["config"]["data.image_size"]
+    size = f"_{height}x{width}" if height else ""
+    first = f"{which}_{content['manner']}{size}"
+    for number in itertools.count(1):
+        stem = first if number == 1 else f"{first}_{number}"
+        try:
+            before = json.loads((out / f"{stem}.json").read_text())
+            same = before["config"] == content["config"]
+            same = same and before["per_image_miou"].keys() == content["per_image_miou"].keys()
+        except FileNotFoundError:
+            return stem
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ):  # cut off, or of something else
+            same = True
+        if same:
+            return stem
+    raise AssertionError
+
+
+def _warn_of_trained(trained_on: dict[str, list[str]], split: str, images: int) -> None:
+    count = sum(map(len, trained_on.values()))
+    if count:
+        labeled = trained_on["labeled"]
+        first = printable((labeled or trained_on["unlabeled"])[0])
+        log.warning(
+            "%d of the %d images of %s were trained on, %d of them with labels (the first is %s): "
+            "their scores say nothing of new images",
+            *(count, images, split, len(labeled), first),
+        )
+
+
+def _described(workdir: Path, checkpoint: str) -> dict[str, Any]:
     with Checkpointer(workdir, read_only=True) as checkpointer:
-        return tuple(checkpointer.describe(checkpoint)["class_names"])
+        return checkpointer.describe(checkpoint)
 
 
 def _make_folder(workdir: Path) -> Path:
-    if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is no folder. Give the --workdir of a training run.")
     out = workdir / "evaluation"
     try:
+        if not workdir.is_dir():
+            raise UserError(
+                f"--workdir={workdir} is no folder. Give the --workdir of a training run."
+            )
         out.mkdir(exist_ok=True)
     except OSError as error:
         raise _not_written(out, error) from error
@@ -220,4 +271,4 @@ def _not_written(out: Path, error: OSError) -> UserError:
 
 
 def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return ", ".join(map(printable, names[:4])) + (", …" if len(names) > 4 else "")

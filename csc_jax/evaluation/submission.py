@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from csc_jax import paths
 from csc_jax.errors import UserError
 
 # Official id in the PNG files of each of the 19 train ids (cityscapesscripts, helpers/labels.py).
@@ -34,16 +35,17 @@ def check_folder(out: Path, data_root: str) -> None:
     Raises:
       UserError: it cannot be made or written to, or lies where the data set's own labels are.
     """
-    if data_root and out.resolve().is_relative_to(Path(data_root).expanduser().resolve()):
-        raise UserError(
-            f"--save_predictions={out} lies in data.root {data_root}, where predictions could "
-            "replace the labels. Choose a folder outside of it."
-        )
+    root = paths.given("data.root", data_root)
     try:
+        if data_root and out.resolve().is_relative_to(root.resolve()):
+            raise UserError(
+                f"--save_predictions={out} lies in data.root {data_root}, where predictions could "
+                "replace the labels. Choose a folder outside of it."
+            )
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise _not_written(out, error) from error
 
 
@@ -156,10 +158,10 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _not_written(path: Path, error: OSError) -> UserError:
+def _not_written(path: Path, error: OSError | RuntimeError) -> UserError:
     return UserError(
-        f"{path} cannot be written: {error.strerror}. Free or grant space there, or choose another "
-        "--save_predictions."
+        f"{path} cannot be written: {getattr(error, 'strerror', None) or error}. Free or grant "
+        "space there, or choose another --save_predictions."
     )
 
 

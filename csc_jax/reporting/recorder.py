@@ -92,7 +92,7 @@ class Recorder:
     def evaluated(self, step: int, scores: Scores) -> None:
         """Shows new scores; what they took is no training time."""
         if self._progress is not None:
-            self._progress.evaluated(step, scores.miou, scores.note)
+            self._progress.evaluated(step, scores.miou, scores.note, scores.occurring)
         self._since = time.perf_counter()
 
     def flush(self) -> None:

@@ -148,7 +148,9 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -195,9 +197,18 @@ class Progress:
         if not self._compiled:  # the first steps took the compilation with them; forget their time
             self._start, self._since, self._compiled = step, now, True
 
-    def evaluated(self, step: int, miou: float, note: str = "") -> None:
-        """Shows a new score, in [0, 1], and keeps it on the line; `note` stands beside its name."""
-        self._miou = f"mIoU{f' ({note})' if note else ''} {100 * miou:.2f}%"
+    def evaluated(self, step: int, miou: float, note: str = "", occurring: str = "") -> None:
+        """Shows a new score, in [0, 1], and keeps it on the line.
+
+        Args:
+          step: of the score.
+          miou: the score; nan if nothing could be scored.
+          note: stands beside its name.
+          occurring: stands behind it: "1 of 2 classes" where the mean is over so many.
+        """
+        score = "-" if math.isnan(miou) else f"{100 * miou:.2f}%"
+        after = f" ({occurring})" if occurring else ""
+        self._miou = f"mIoU{f' ({note})' if note else ''} {score}{after}"
         if self._bar is None:
             print(f"step {step}/{self._total}  {self._miou}", flush=True)
 

@@ -1,5 +1,6 @@
 """Which images a run is of: kept with every checkpoint, compared before a run goes on."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,13 @@ def trained_on(run: Mapping[str, Any], source: data.Source) -> dict[str, list[st
         if trained:
             found[trained].append(image)
     return found
+
+
+def digest(source: data.Source) -> str:
+    """Returns 16 hexadecimal digits that change with any image or label of a split."""
+    return hashlib.blake2b(
+        repr(_listed(source)).encode(errors="replace"), digest_size=8
+    ).hexdigest()
 
 
 def _content(digest: str) -> tuple[str]:

@@ -220,6 +220,7 @@ def _draw(
     workdir: Path,
 ) -> None:
     note = f" ({scores.note})" if scores.note else ""
+    of = f" ({scores.occurring})" if scores.occurring else ""
     panel = probe.panel(state) if experiment.config.train.panels else None
     if not distributed.is_first():
         return
@@ -230,7 +231,7 @@ def _draw(
             panel,
             experiment.palette,
             experiment.class_names,
-            f"{experiment.title}, step {step}: mIoU {100 * scores.miou:.1f}% on {split}{note}",
+            f"{experiment.title}, step {step}: mIoU {100 * scores.miou:.1f}%{of} on {split}{note}",
             hatched="ignored or not kept" if PSEUDO_LABEL in panel else "ignored",
         )
     curves = workdir / "plots" / "curves.png"
