@@ -157,6 +157,11 @@ def _draw(
 ) -> None:
     position = {name: index for index, name in enumerate(source.ids)}
     examples = [source[position[name]] for _, name, _ in rows]
+    short = {name: PurePosixPath(name).name for _, name, _ in rows}
+    titles = {
+        name: last if visualize.can_draw(last) else f"image {position[name]}"
+        for name, last in short.items()
+    }
     wrong = [
         np.where(
             (example["label"] < experiment.num_classes) & (classes != example["label"]),
@@ -176,7 +181,7 @@ def _draw(
         experiment.palette,
         experiment.class_names,
         title,
-        row_titles=[f"{PurePosixPath(name).name}: mIoU {100 * m:.1f}%" for m, name, _ in rows],
+        row_titles=[f"{titles[name]}: mIoU {100 * m:.1f}%" for m, name, _ in rows],
         hatched="ignored or correct",
     )
 

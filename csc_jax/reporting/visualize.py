@@ -6,6 +6,7 @@ Matplotlib is imported with the first picture, as a run has none to draw before 
 
 import functools
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +47,8 @@ _SWATCH = 14
 _LETTER = 7  # mean width at font size 9, rounded up
 _TITLE_LETTER = 11  # likewise of a title
 _HATCH_PERIOD = 8
+_LONGEST_NAME = 40  # characters of a class or file; a legend is as wide as its longest entry
+_RIGHT_TO_LEFT = ("R", "AL", "RLE", "RLO", "RLI", "AN")  # Unicode's bidirectional classes
 _FULL_SIZE = 1000  # px of a picture's width for which its legend has letters of size 9
 
 
@@ -125,7 +128,7 @@ def with_legend(picture: np.ndarray, palette: np.ndarray, class_names: Sequence[
     """
     height, width, _ = picture.shape
     scale = max(1, round(width / _FULL_SIZE))
-    legend = _legend(_colors(palette), tuple(class_names), width, scale)
+    legend = _legend(_colors(palette), _labels(class_names), width, scale)
     below, wide, _ = legend.shape
     whole = np.full((height + below, max(width, wide), 3), 255, np.uint8)
     whole[:height, :width] = picture
@@ -163,7 +166,7 @@ def save_panel(
     column_width = max(row[0].shape[1] for row in rows)
     pitch = column_width + _GAP
     width = max(len(columns) * pitch + _GAP, _TITLE_LETTER * len(title))
-    legend = _legend(_colors(palette), (*class_names, hatched), width - 2 * _GAP)
+    legend = _legend(_colors(palette), (*_labels(class_names), hatched), width - 2 * _GAP)
     width = max(width, legend.shape[1] + 2 * _GAP)
     row_title = _HEADER if row_titles else 0
     pictures_height = sum(row_title + row[0].shape[0] + _GAP for row in rows)
@@ -216,6 +219,39 @@ def _legend(colors: "Colors", names: tuple[str, ...], width: int, scale: int = 1
     return _pixels(figure)
 
 
+def can_draw(text: str) -> bool:
+    """Whether pictures show a name of a class or file as it is.
+
+    Not if the font lacks a character, if the script runs from right to left, which Matplotlib does
+    not turn around, or if the name is very long.
+    """
+    return len(text) <= _LONGEST_NAME and all(map(_has_glyph, text))
+
+
+def _labels(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Returns what stands for each class in a picture: its name, or its id."""
+    return tuple(name if can_draw(name) else f"class {i}" for i, name in enumerate(class_names))
+
+
+def _as_drawable(text: str) -> str:
+    """Returns a line with a question mark for each character that cannot be drawn."""
+    return "".join(c if _has_glyph(c) else "?" for c in text)
+
+
+@functools.cache
+def _has_glyph(character: str) -> bool:
+    from matplotlib import font_manager
+
+    if unicodedata.bidirectional(character) in _RIGHT_TO_LEFT or not character.isprintable():
+        return False
+    regular, bold = (
+        font_manager.get_font(font_manager.findfont(font_manager.FontProperties(weight=weight)))
+        for weight in ("normal", "bold")
+    )
+    code = ord(character)
+    return bool(regular.get_char_index(code) and bold.get_char_index(code))
+
+
 def _colors(palette: np.ndarray) -> "Colors":
     return tuple(map(tuple, palette.tolist()))
 
@@ -258,7 +294,7 @@ def save_lines(
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     axes = figure.add_subplot()
     for i, (name, (steps, values)) in enumerate(series.items()):
-        axes.plot(steps, values, color=_LINES[i % len(_LINES)], linewidth=1.8, label=name)
+        axes.plot(steps, values, color=_LINES[i % len(_LINES)], linewidth=1.8, label=_plain(name))
     axes.set_xlabel("step", fontsize=9, color=_INK)
     _limit_ticks(axes, 6)
     _style(axes, title, width)
@@ -273,7 +309,7 @@ def save_bars(
     Args:
       path: the file; its folder is made.
       series: name of the run -> one value a label.
-      labels: of the groups.
+      labels: of the groups, which are classes.
       title: of the chart.
     """
     width = max(720, 60 * len(labels))
@@ -283,8 +319,9 @@ def save_bars(
     bar = 0.8 / len(series)
     for i, (name, values) in enumerate(series.items()):
         place = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * bar
-        axes.bar(place, values, bar, color=_LINES[i % len(_LINES)], label=name)
-    axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right", parse_math=False)
+        axes.bar(place, values, bar, color=_LINES[i % len(_LINES)], label=_plain(name))
+    drawn = _labels(labels)
+    axes.set_xticks(range(len(labels)), drawn, rotation=40, ha="right", parse_math=False)
     _style(axes, title, width)
     _save(figure, path)
 
@@ -396,7 +433,12 @@ def _write(figure: "Figure", x: int, y: int, text: str, **style: Any) -> None:
     width, height = figure.bbox.size
     where = x / width, y / height
     # Names of classes and files are the user's, and no formulas.
-    figure.text(*where, text, va="center", color=_INK, parse_math=False, **style)
+    figure.text(*where, _as_drawable(text), va="center", color=_INK, parse_math=False, **style)
+
+
+def _plain(name: str) -> str:
+    """Returns the name of a run for a legend, where "$" begins a formula."""
+    return _as_drawable(name).replace("$", r"\$")
 
 
 def _pixels(figure: "Figure") -> np.ndarray:
