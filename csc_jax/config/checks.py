@@ -15,6 +15,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.labeled_fraction": ("1/2", "1/4", "1/8", "1/16", "1"),
     "data.image_bits": (0, 9, 10, 11, 12, 13, 14, 15, 16),
     "data.pascal_voc.pool": ("blender", "classic"),
+    "data.ade20k.labels": ("auto", "official", "shifted"),
     "model.output_stride": (8, 16, 32),
     "model.dtype": ("float32", "bfloat16"),
     "method.contrast": ("none", "csc"),

@@ -18,7 +18,7 @@ def default_config() -> ConfigDict:
     c.seed = 0  # integer; labelled/unlabelled draw, initial weights, augmentation, sampling
 
     c.data = ConfigDict()
-    c.data.name = "synthetic"  # synthetic | camvid | cityscapes | pascal_voc | folder
+    c.data.name = "synthetic"  # synthetic, camvid, cityscapes, pascal_voc, ade20k, coco, folder
     c.data.root = ""  # folder the user downloaded; unused by synthetic
     c.data.cache_dir = ""  # where ArrayRecord files go; "" = ~/.cache/csc_jax
     c.data.labeled_fraction = (
@@ -45,6 +45,10 @@ def default_config() -> ConfigDict:
     c.data.pascal_voc = ConfigDict()  # only read when data.name is pascal_voc
     c.data.pascal_voc.pool = (
         "blender"  # labelled ones come from all 10,582 images | classic: from VOC's own 1,464
+    )
+    c.data.ade20k = ConfigDict()  # only read when data.name is ade20k
+    c.data.ade20k.labels = (
+        "auto"  # official: 0 unlabelled, classes from 1 | shifted: classes from 0, 255 unlabelled
     )
     c.data.folder = ConfigDict()  # only read when data.name is folder
     c.data.folder.classes = ""  # file of class names; "" = classes.txt or classes.json in data.root

@@ -10,7 +10,17 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from csc_jax.data import builder, camvid, census, cityscapes, folder, pascal_voc, synthetic
+from csc_jax.data import (
+    ade20k,
+    builder,
+    camvid,
+    census,
+    cityscapes,
+    coco,
+    folder,
+    pascal_voc,
+    synthetic,
+)
 from csc_jax.data.codec import cpu_count, read_image
 from csc_jax.data.example import Listing
 from csc_jax.data.partition import Partition, partition, write_partition
@@ -52,6 +62,8 @@ _FINDERS: dict[str, Callable[[ConfigDict], Listing]] = {
     "camvid": camvid.find,
     "cityscapes": cityscapes.find,
     "pascal_voc": pascal_voc.find,
+    "ade20k": ade20k.find,
+    "coco": coco.find,
     "folder": folder.find,
 }
 

@@ -53,8 +53,8 @@ class PredictionWriter:
     """Writes one PNG an image, at the image's own size; a callback of `evaluate`.
 
     Cityscapes: official label ids, `<city>_<seq>_<frame>_gtFine_labelIds.png`. Pascal VOC: class
-    ids with the official palette, `<id>.png`. Any other data set: class ids, `<id>.png`, in the
-    subfolders that the ids name.
+    ids with the official palette, `<id>.png`. ADE20K: 1..150, `<id>.png`, as its server takes them.
+    Any other data set: class ids, `<id>.png`, in the subfolders that the ids name.
     """
 
     def __init__(self, dataset: str, ids: Sequence[str], out: Path, *, resized: bool):
@@ -135,6 +135,10 @@ def _encode_label_ids(classes: np.ndarray) -> bytes:
     return _png(Image.fromarray(np.array(CITYSCAPES_LABEL_IDS, np.uint8)[classes]))
 
 
+def _encode_from_one(classes: np.ndarray) -> bytes:
+    return _encode_plain(classes + np.uint8(1))  # 0 stands for unlabelled
+
+
 def encode_with_palette(classes: np.ndarray, palette: np.ndarray) -> bytes:
     """Returns a PNG of class ids, (H, W) uint8, that a viewer shows in colours, (C, 3) uint8 RGB.
 
@@ -167,6 +171,7 @@ def _not_written(path: Path, error: OSError | RuntimeError) -> UserError:
 
 _PLAIN = _Format(_plain_name, _encode_plain)
 _FORMATS = {
+    "ade20k": _Format(_plain_name, _encode_from_one),
     "cityscapes": _Format(_cityscapes_name, _encode_label_ids, _CITYSCAPES_SIZE),
     "pascal_voc": _Format(
         _plain_name, functools.partial(encode_with_palette, palette=voc_palette())
