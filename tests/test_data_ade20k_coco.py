@@ -120,3 +120,24 @@ def test_an_unknown_coding_is_refused_before_anything_is_read(tmp_path):
 
     with pytest.raises(UserError, match=r"data\.ade20k\.labels"):
         checks.validate(changed(data_config(tmp_path), ade20k__labels="shift"))
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "tree"),
+    [
+        (
+            "ade20k",
+            "images/training/ADE_train_00000002.jpg annotations/training/ADE_train_00000002.png",
+            lambda root: ade20k_tree(root, (0, 1, 150)),
+        ),
+        ("coco", "train2017/000000000019.jpg masks/000000000019.png", coco_tree),
+    ],
+    ids=["ade20k", "coco"],
+)
+def test_published_lists_are_taken_as_they_are(tmp_path, name, line, tree):
+    tree(tmp_path / "root")
+    (tmp_path / "labeled.txt").write_text(f"{line}\n")
+    config = data_config(tmp_path, name=name, labeled_list=str(tmp_path / "labeled.txt")).data
+    lists = data.partition(config, data.load(config), seed=0)
+    assert lists.labeled == (line.split()[0].rsplit("/", 1)[1][:-4],)
+    assert len(lists.unlabeled) == 3
