@@ -19,8 +19,13 @@ from ml_collections import ConfigDict
 from csc_jax import command_help, main
 from csc_jax import config as config_lib
 from csc_jax.errors import UserError
-from csc_jax.models.weight_files import STUDENT, TEACHER, locate, read_weights
-from csc_jax.models.weights import convert_torch_state_dict, drop_absent_heads
+from csc_jax.models.weight_files import locate, read_weights
+from csc_jax.models.weights import (
+    STUDENT,
+    TEACHER,
+    convert_torch_state_dict,
+    drop_absent_heads,
+)
 from csc_jax.state import Network
 from csc_jax.text import printable
 from csc_jax.training.checkpoint import Checkpointer
@@ -76,7 +81,7 @@ def import_weights(config: ConfigDict, source: str, workdir: Path, *, strict: bo
     def load(network: Network, keys: tuple[str, ...]) -> Network:
         weights = drop_absent_heads(read_weights(path, keys), network.variables)
         variables = convert_torch_state_dict(weights, network.variables, strict)
-        return Network(variables["params"], variables["batch_stats"])
+        return Network(variables["params"], variables.get("batch_stats", {}))
 
     state = state.replace(
         student=load(state.student, STUDENT), teacher=load(state.teacher, TEACHER)

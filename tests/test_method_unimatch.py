@@ -122,14 +122,14 @@ def test_perturbed_features_are_decoded_beside_the_others(monkeypatch):
     def forward(self, params, batch_stats, images, key, *, projection, dropout=True, perturb=None):
         if perturb is not None:
             x = jnp.arange(1.0, len(images) + 1)[:, None, None, None] * jnp.ones((1, 2, 2, 16))
-            asked["features"] = perturb(Features(x, x[..., :1], 10 * x))
+            asked["features"] = perturb(Features((x, 10 * x), x[..., :1]))
             images = images[jnp.array([0, 1, 1, 2, 3, 3])]
         return real(self, params, batch_stats, images, key, projection=projection, dropout=dropout)
 
     real = type(method.task).train_forward
     monkeypatch.setattr(type(method.task), "train_forward", forward)
     method.loss(state.trained, state, toy_batch(), jax.random.key(0))
-    low, middle, deep = asked["features"]
+    (low, deep), middle = asked["features"]
     assert (len(low), len(middle), len(deep)) == (6, 4, 6)
     kept = low[jnp.array([0, 1, 3, 4]), 0, 0, 0]
     np.testing.assert_array_equal(kept, np.arange(1, 5))  # a labelled and a weak one in turn
@@ -171,12 +171,12 @@ def test_exactly_half_of_the_images_keep_all_channels(monkeypatch):
 
     def forward(self, *arguments, projection, perturb):
         x = jnp.ones((15, 2, 2, 16))  # labelled images and two strong views
-        seen.extend(perturb(Features(x, x, x)))
+        seen.extend(perturb(Features((x, x), None)).levels)
         return real(self, *arguments, projection=projection)
 
     monkeypatch.setattr(type(method.task), "train_forward", forward)
     method.loss(state.trained, state, toy_batch(size=(5, 32, 32)), jax.random.key(0))
-    for features in (seen[0], seen[2]):
+    for features in seen:
         labeled, first, second = np.all(features == 1, axis=(1, 2, 3)).reshape(5, 3).T
         assert labeled.all()
         assert first.sum() == 2

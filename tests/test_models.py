@@ -231,7 +231,7 @@ def test_remat_has_the_same_gradient():
             features, updates = ResNet(**block, remat=remat).apply(
                 {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
             )
-            return jnp.mean(features.deep**2), updates
+            return jnp.mean(features.levels[1] ** 2), updates
 
         # Operation by operation: compiled as one, the two are fused, and so rounded, differently.
         return jax.grad(loss, has_aux=True)(variables["params"])

@@ -102,8 +102,12 @@ def test_network_matches_the_recorded_pytorch_outputs(golden_state):
     ):
         out, captured = jax.device_get(run(variables, golden["image"]))
         (features,) = captured["intermediates"]["backbone"]["__call__"]
-        np.testing.assert_allclose(features.low.mean((1, 2)), golden["layer1_mean"], atol=1e-4)
-        np.testing.assert_allclose(features.deep.mean((1, 2)), golden["layer4_mean"], atol=1e-4)
+        np.testing.assert_allclose(
+            features.levels[0].mean((1, 2)), golden["layer1_mean"], atol=1e-4
+        )
+        np.testing.assert_allclose(
+            features.levels[1].mean((1, 2)), golden["layer4_mean"], atol=1e-4
+        )
         np.testing.assert_allclose(out.logits, golden["pred"], atol=1e-4)
         np.testing.assert_allclose(out.projection, golden["rep"], atol=1e-4)
 
@@ -316,7 +320,7 @@ def test_efficientnet_names_photographs(efficientnet_file, photograph, wanted):
     square = image[top : top + side, left : left + side]
     pixels = cv2.resize(square, (224, 224), interpolation=cv2.INTER_CUBIC)
     x = (pixels[None].astype(np.float32) - 127) / 128  # as the published network was trained
-    features = jax.jit(lambda v, x: network.apply(v, x, train=False))(variables, x).deep
+    features = jax.jit(lambda v, x: network.apply(v, x, train=False))(variables, x).levels[1]
 
     # The layers of the classifier, which a backbone does without.
     x = np.einsum("bhwi,oi->bhwo", features, state["_conv_head.weight"][:, :, 0, 0])

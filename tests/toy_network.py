@@ -22,8 +22,15 @@ class ToyNetwork(nn.Module):
     projection_dim: int = 4
     dropout: float = 0.0
 
+    patch = 1
+    encoded_width = 8
+    encoded_scale = 4
+
     def logits_size(self, size):
         return size // 4
+
+    def without_dropout(self):
+        return self.clone(dropout=0.0)
 
     @nn.compact
     def __call__(self, x, train, projection=True, perturb=None):
@@ -32,7 +39,7 @@ class ToyNetwork(nn.Module):
         deep = nn.Conv(8, (1, 1), use_bias=False, name="body")(pooled)
         deep = nn.BatchNorm(use_running_average=not train, name="bn")(deep)
         if perturb is not None:
-            deep = perturb(Features(deep, deep, deep)).deep
+            (deep,) = perturb(Features((deep,), deep)).levels
         deep = nn.Dropout(self.dropout, deterministic=not train)(deep)
         logits = nn.Conv(self.num_classes, (1, 1), name="classifier")(deep)
         project = nn.Conv(self.projection_dim, (1, 1), name="projection") if projection else None

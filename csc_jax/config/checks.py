@@ -47,6 +47,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.decoder_width": (1, math.inf),
     "model.projection_dim": (1, math.inf),
     "model.dropout": (0, 0.999),
+    "model.drop_path": (0, 0.999),
     "method.ema_decay": (0, 1),
     "method.supervised_only": (0, math.inf),
     "method.supervised_only_epochs": (0, math.inf),

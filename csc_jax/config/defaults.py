@@ -66,20 +66,29 @@ def default_config() -> ConfigDict:
     c.batch.eval = 8  # images a step in evaluation, all devices together; rounded up to divide
 
     c.model = ConfigDict()
-    c.model.backbone = "resnet18"  # resnet18 | resnet34 | resnet50 | resnet101 | efficientnet_lite0
+    # DeepLabv3+ on resnet18 | resnet34 | resnet50 | resnet101 | efficientnet_lite0, or DPT on
+    # dinov2_small | dinov2_base | dinov2_large, the same with _reg (registers), dinov3_small |
+    # dinov3_base, or vit_tiny, which is for tests and demos
+    c.model.backbone = "resnet18"
     c.model.pretrained = "none"  # none | FILE | hf:OWNER/REPO/FILE | pip:efficientnet-lite0
     c.model.stem = "deep"  # ResNets: deep (three 3x3, lineage) | 7x7 (torchvision)
     c.model.width = 64  # ResNets: channels of the first stage
-    c.model.output_stride = 8  # 8 (lineage) | 16 | 32
+    c.model.output_stride = 8  # DeepLabv3+: 8 (lineage) | 16 | 32
     c.model.multi_grid = (
         2,
         2,
         4,
     )  # ResNets: dilation multipliers of the last stage's blocks (lineage); () = off
-    c.model.aspp_rates = (12, 24, 36)  # dilations at output stride 8 (lineage)
-    c.model.decoder_width = 256  # channels of each ASPP branch and of both heads (lineage)
+    c.model.aspp_rates = (12, 24, 36)  # DeepLabv3+: dilations at output stride 8 (lineage)
+    c.model.decoder_width = (
+        256  # DeepLabv3+: channels of an ASPP branch and of both heads (lineage)
+    )
     c.model.projection_dim = 256  # D, width of a pixel's contrastive feature (paper, Sec. III-B)
-    c.model.dropout = 0.1  # probability, ASPP and heads (lineage)
+    c.model.dropout = 0.1  # probability, ASPP and heads (lineage); DPT: fused map, 0 in UniMatch V2
+    c.model.drop_path = (
+        0.0  # transformers: probability that the last block's branches skip an image
+    )
+    c.model.freeze_backbone = False  # the backbone stays as pretrained: no gradient, no momentum
     c.model.dtype = "float32"  # compute type: float32 | bfloat16; parameters stay float32
     c.model.remat = False  # compute the backbone's blocks again for the gradient, to save memory
 

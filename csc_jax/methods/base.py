@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import optax
 from flax import struct
@@ -24,7 +23,7 @@ from ml_collections import ConfigDict
 from csc_jax import losses
 from csc_jax.augment import normalize_images
 from csc_jax.contrast import MemoryBank
-from csc_jax.models import Features, Outputs, initialize, resize_aligned
+from csc_jax.models import Features, Outputs, Segmenter, initialize, resize_aligned
 from csc_jax.optimizer import make_optimizer
 from csc_jax.state import Network, TrainState, teacher_decay, update_ema
 
@@ -32,7 +31,7 @@ Batch = dict[str, dict[str, Array]]
 
 
 class Pixels(struct.PyTreeNode):
-    """What a contrastive module on top of a method needs, at stride 4.
+    """What a contrastive module on top of a method needs, at the size of the logits.
 
     Labelled and unlabelled images in the order of `shared.join`.
     """
@@ -57,14 +56,14 @@ class Task:
     """What every method is built from; static, no arrays."""
 
     config: ConfigDict  # of the run, every length in steps
-    model: nn.Module  # DeepLabV3Plus
+    model: Segmenter
     num_classes: int  # C
     total_steps: int  # optimizer steps of the whole run
 
     def init_network(self, key: Array, *, projection: bool) -> Network:
         """Returns a freshly initialised network; `projection` says whether it has that head."""
         variables = initialize(self.model, key, projection=projection)
-        return Network(variables["params"], variables["batch_stats"])
+        return Network(variables["params"], variables.get("batch_stats", {}))
 
     def normalize(self, images: Array) -> Array:
         """Maps RGB images (B, H, W, 3) on 0..255 to what the network takes, float32."""
@@ -84,10 +83,10 @@ class Task:
         """Runs a network in training mode on images (B, H, W, 3) on 0..255.
 
         A pass that makes pseudo-labels is one without `dropout` (decisions.md 19c). `perturb`
-        changes the backbone's features, see `DeepLabV3Plus`. Returns its outputs and the new
-        BatchNorm statistics.
+        changes the backbone's features, see `Segmenter`. Returns its outputs and the new
+        BatchNorm statistics, {} for a network without.
         """
-        model = self.model if dropout else self.model.clone(dropout=0.0)
+        model = self.model if dropout else self.model.without_dropout()
         outputs, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
             self.normalize(images),
@@ -97,7 +96,7 @@ class Task:
             mutable=["batch_stats"],
             rngs={"dropout": key},
         )
-        return outputs, updates["batch_stats"]
+        return outputs, updates.get("batch_stats", {})
 
     def eval_forward(self, network: Network, images: Array, *, projection: bool = False) -> Outputs:
         """Runs a network in evaluation mode on images (B, H, W, 3) on 0..255, without gradient."""
@@ -111,7 +110,7 @@ class Task:
         """Returns L_s (Eq. 2, decisions.md 21), the auxiliary head's weighted loss included.
 
         Args:
-          logits: (B, h, w, C) float32 at stride 4.
+          logits: (B, h, w, C) float32 at any stride.
           aux: (B, h', w', C) float32, or None where the network has no auxiliary head.
           labels: (B, H, W) ground truth.
         """

@@ -7,15 +7,17 @@ images alone; the seven perturbation functions; annealed bootstrapped cross entr
 L_s. Numbers of decoders and all constants are those of the authors' code; as in it, labelled and
 unlabelled images are batches of their own, the latter without dropout but for the perturbations.
 
-What differs: the encoder is that of every other row up to ASPP (`Outputs.encoded`), and the main
-decoder that of DeepLabv3+; auxiliary decoders are theirs, a 1x1 convolution to the classes and
-sub-pixel convolutions, here up to stride 4. Noise and thresholds are drawn per image instead of per
-batch. F-Drop's threshold is the paper's U(0.6, 0.9), which masks 10 to 40%; their code has
-U(0.7, 0.9). G-Cutout finds objects by 8-connectivity on the grid of the features instead of as
-contours of more than 50 points. I-VAT multiplies with the Hessian of the divergence itself, where
-theirs takes a difference over xi = 1e-6, less than float32 resolves: what comes out has a norm of
-about 5e-4 in place of 2, and the decoder sees no perturbation. What is evaluated is the EMA of the
-student, theirs is that network itself (`eval.network`).
+What differs: the encoder is that of every other row, of DeepLabv3+ up to ASPP, of a transformer to
+its last block (`Outputs.encoded`), and so is the main decoder; auxiliary decoders are theirs, a 1x1
+convolution to the classes and sub-pixel convolutions, here up to the stride of the logits. Noise
+and thresholds are drawn per image instead of per batch. F-Drop's threshold is the paper's U(0.6,
+0.9), which masks 10 to 40%; their code has U(0.7, 0.9). G-Cutout finds objects by 8-connectivity on
+the grid of the features instead of as contours of more than 50 points. I-VAT multiplies with the
+Hessian of the divergence itself, where theirs takes a difference over xi = 1e-6, less than float32
+resolves: what comes out has a norm of about 5e-4 in place of 2, and the decoder sees no
+perturbation. What is evaluated is the EMA of the student, theirs is that network itself
+(`eval.network`). A transformer's features are of both signs, so the mean over their channels, by
+which F-Drop chooses, says less than it does behind a ReLU.
 """
 
 import math
@@ -44,9 +46,9 @@ class CCT(Method):
     def init_companions(self, key: Array) -> dict[str, Network]:
         config = self.task.config
         count = sum(config.method.cct[name] for name in (*_PERTURBATIONS, "i_vat"))
-        scale = config.model.output_stride // 4  # of the logits over the encoded features
-        classes, width = self.task.num_classes, config.model.decoder_width
-        return {"decoders": Network(init_decoders(key, count, width, classes, scale), {})}
+        classes, model = self.task.num_classes, self.task.model
+        decoders = init_decoders(key, count, model.encoded_width, classes, model.encoded_scale)
+        return {"decoders": Network(decoders, {})}
 
     def loss(
         self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array

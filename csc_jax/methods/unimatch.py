@@ -45,16 +45,15 @@ class UniMatch(Method):
         strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
 
         def with_perturbed_weak(features: Features) -> Features:
-            low_key, deep_key = jax.random.split(feature_key)
+            keys = jax.random.split(feature_key, len(features.levels))
 
             def add(key: Array, x: Array) -> Array:
                 of_labeled, of_weak = shared.split(x, labeled["image"], weak)
                 dropped = drop_channels(key, of_weak, config.unimatch.feature_dropout)
                 return shared.join(of_labeled, of_weak, dropped)
 
-            return features._replace(
-                low=add(low_key, features.low), deep=add(deep_key, features.deep)
-            )
+            levels = (add(key, x) for key, x in zip(keys, features.levels, strict=True))
+            return features._replace(levels=tuple(levels))
 
         student, batch_stats = task.train_forward(
             params["student"],

@@ -7,11 +7,11 @@ exactly half of each batch in their code), their code for the threshold of 0.95 
 L = (L_s + (L_1 + L_2) / 2) / 2. The strong views are those of their code
 (`config.method.unimatch_view`); their EMA decay is `--config.method.ema_decay=0.996`.
 
-What differs: they have a DINOv2 transformer and drop channels of four of its layers; here those of
-`low` and `deep` of the backbone. Labelled and strong images make one batch, as their network has no
-BatchNorm that could tell; an image's CutMix partner is the next one of the batch (theirs: the batch
-in reverse order); colours are not rounded to whole grey levels, and the blur is a Gaussian (theirs:
-Pillow's, three box blurs).
+What differs: on a convolutional network the two levels that its decoder reads lose channels, each
+its own; on a transformer all four lose the same ones, as in their code. Labelled and strong images
+make one batch, as their network has no BatchNorm that could tell; an image's CutMix partner is the
+next one of the batch (theirs: the batch in reverse order); colours are not rounded to whole grey
+levels, and the blur is a Gaussian (theirs: Pillow's, three box blurs).
 """
 
 from typing import Any
@@ -43,16 +43,17 @@ class UniMatchV2(Method):
         strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
 
         def with_fewer_channels(features: Features) -> Features:
-            share_key, *keys = jax.random.split(feature_key, 3)
+            # Levels of one width lose the same channels, as those of a transformer in their code.
+            widths = list(dict.fromkeys(x.shape[-1] for x in features.levels))
+            share_key, *keys = jax.random.split(feature_key, 1 + len(widths))
             dropped = draw_dropped(share_key, weak.shape[0], config.unimatch_v2.dropped)
 
-            def drop(key: Array, x: Array) -> Array:
+            def drop(x: Array) -> Array:
+                key = keys[widths.index(x.shape[-1])]
                 of_labeled, x1, x2 = shared.split(x, labeled["image"], strong1, strong2)
                 return shared.join(of_labeled, *drop_complementary(key, x1, x2, dropped))
 
-            return features._replace(
-                low=drop(keys[0], features.low), deep=drop(keys[1], features.deep)
-            )
+            return features._replace(levels=tuple(map(drop, features.levels)))
 
         student, batch_stats = task.train_forward(
             params["student"],

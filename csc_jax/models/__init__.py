@@ -1,4 +1,4 @@
-"""Networks: `build` makes the one that a config describes, `DeepLabV3Plus` takes every choice."""
+"""Networks: `build` makes the one of a config; `DeepLabV3Plus` and `DPT` take every choice."""
 
 import difflib
 import math
@@ -11,24 +11,36 @@ from ml_collections import ConfigDict
 
 from csc_jax.errors import UserError
 from csc_jax.models import backbones
-from csc_jax.models.deeplabv3plus import DeepLabV3Plus, Outputs
+from csc_jax.models.deeplabv3plus import DeepLabV3Plus
+from csc_jax.models.dpt import DPT
 from csc_jax.models.initialize import initialize
-from csc_jax.models.layers import Features
+from csc_jax.models.layers import Features, Outputs
 from csc_jax.models.resize import resize_aligned
 from csc_jax.models.resnet import DEPTHS, STEMS
+from csc_jax.models.segmenter import Segmenter
+from csc_jax.models.vit import FORMS, nearest_multiple
 
 __all__ = [
+    "DPT",
     "DeepLabV3Plus",
     "Features",
     "Outputs",
+    "Segmenter",
     "build",
+    "check_crop",
     "count_parameters",
     "initialize",
+    "names",
     "resize_aligned",
 ]
 
 
-def build(config: ConfigDict, num_classes: int, aux_head: bool) -> DeepLabV3Plus:
+def names() -> tuple[str, ...]:
+    """Returns what `model.backbone` takes."""
+    return (*backbones.names(), *FORMS)
+
+
+def build(config: ConfigDict, num_classes: int, aux_head: bool) -> Segmenter:
     """Returns the network that `config` (config.model) describes.
 
     Args:
@@ -37,9 +49,12 @@ def build(config: ConfigDict, num_classes: int, aux_head: bool) -> DeepLabV3Plus
       aux_head: whether there is an auxiliary head on layer3 (decisions.md 21).
 
     Raises:
-      UserError: no such backbone, stem or output stride, or dilations that do not fit it.
+      UserError: no such backbone, stem or output stride, dilations that do not fit it, or a head
+        that it has no place for.
     """
-    _check_choice("backbone", config.backbone, backbones.names())
+    _check_choice("backbone", config.backbone, names())
+    if config.backbone in FORMS:
+        return _build_dpt(config, num_classes, aux_head)
     _check_choice("stem", config.stem, STEMS)
     _check_choice("output_stride", config.output_stride, (8, 16, 32))
     for field in ("multi_grid", "aspp_rates"):
@@ -66,6 +81,46 @@ def build(config: ConfigDict, num_classes: int, aux_head: bool) -> DeepLabV3Plus
         dropout=config.dropout,
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
+        frozen=config.freeze_backbone,
+    )
+
+
+def _build_dpt(config: ConfigDict, num_classes: int, aux_head: bool) -> DPT:
+    if aux_head:
+        raise UserError(
+            f"loss.aux_weight is above 0, but model.backbone is {config.backbone!r}: the auxiliary "
+            "head is on the third stage of a convolutional network, and a transformer has no "
+            "stages. Set --config.loss.aux_weight=0."
+        )
+    return DPT(
+        num_classes=num_classes,
+        backbone=config.backbone,
+        projection_dim=config.projection_dim,
+        dropout=config.dropout,
+        drop_path=config.drop_path,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        frozen=config.freeze_backbone,
+    )
+
+
+def check_crop(backbone: str, network: Segmenter, size: Sequence[int]) -> None:
+    """Raises UserError for a training crop whose sides are no multiples of the network's patch.
+
+    Args:
+      backbone: `model.backbone`, for the message.
+      network: that `build` made of it.
+      size: `data.crop_size`, (height, width) px.
+    """
+    patch = network.patch
+    if all(side % patch == 0 for side in size):
+        return
+    near = [sorted({max(side // patch, 1) * patch, -(-side // patch) * patch}) for side in size]
+    asked = ", ".join(" or ".join(map(str, each)) for each in near)
+    nearest = ",".join(str(nearest_multiple(side, patch)) for side in size)
+    raise UserError(
+        f"data.crop_size is {tuple(size)}, but {backbone} sees patches of {patch} px, and the "
+        f"sides of a crop are multiples of that: ({asked}). Set --config.data.crop_size={nearest}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The backbones by name; a new one is one file with a module (x, train) -> Features, named here."""
+"""DeepLabv3+'s backbones by name; a new one is a module (x, train) -> Features, named here."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from csc_jax.models.resnet import DEPTHS, ResNet
 
 
 def names() -> tuple[str, ...]:
-    """Returns what `model.backbone` takes."""
+    """Returns those of `model.backbone` that DeepLabv3+ is built on."""
     return (*DEPTHS, "efficientnet_lite0")
 
 
@@ -31,7 +31,7 @@ def make_backbone(
 
 
 def low_size(name: str, stem: str, size: Any) -> Any:
-    """Returns the sides of `Features.low` of images with sides `size`, int or int array, px."""
+    """Returns the sides of the first level of images with sides `size`, int or int array, px."""
     if name == "efficientnet_lite0":
         return efficientnet_lite.low_size(size)
     return resnet.low_size(stem, size)

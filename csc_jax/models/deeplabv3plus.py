@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,21 +10,8 @@ import jax.numpy as jnp
 
 from csc_jax.contrast import devices
 from csc_jax.models.backbones import low_size, make_backbone
-from csc_jax.models.layers import Conv, ConvNorm, Features
+from csc_jax.models.layers import Conv, ConvNorm, Features, Outputs, drop_maps
 from csc_jax.models.resize import resize_aligned
-
-
-class Outputs(NamedTuple):
-    """Results of the network; (h, w) is the size of the stride-4 feature map."""
-
-    logits: jax.Array  # (B, h, w, C) float32
-    # (B, h, w, D) in the compute dtype, not normalised, since few pixels of it are ever looked at;
-    # None where not asked for.
-    projection: jax.Array | None
-    # (B, h', w', C) float32 at the stride of `middle`; None without that head.
-    aux: jax.Array | None
-    # (B, h'', w'', decoder_width) float32 at the output stride: what the decoder gets.
-    encoded: jax.Array
 
 
 class DeepLabV3Plus(nn.Module):
@@ -50,6 +37,26 @@ class DeepLabV3Plus(nn.Module):
     # The same for the projection head: two 3x3 convolutions more, and none of its maps is there
     # when memory is tightest, in the loss at full size. None: unless the device is a CPU.
     remat_projection: bool | None = None
+    frozen: bool = False  # the backbone: no gradient, its statistics as they are
+
+    @property
+    def patch(self) -> int:
+        """Sides of an image are multiples of so many px; 1 = any size is taken as it is."""
+        return 1
+
+    @property
+    def encoded_width(self) -> int:
+        """Channels of `Outputs.encoded`."""
+        return self.decoder_width
+
+    @property
+    def encoded_scale(self) -> int:
+        """How much finer the logits are than `Outputs.encoded`, about; a power of 2."""
+        return self.output_stride // 4
+
+    def without_dropout(self) -> "DeepLabV3Plus":
+        """Returns the same network without any random choice."""
+        return self.clone(dropout=0.0)
 
     def logits_size(self, size: Any) -> Any:
         """Returns the sides of the logits of images with sides `size`, int or int array, px."""
@@ -80,16 +87,19 @@ class DeepLabV3Plus(nn.Module):
             multi_grid=self.multi_grid,
             dtype=self.dtype,
             remat=self.remat,
-        )(x, train)
+        )(x, train and not self.frozen)
+        if self.frozen:
+            features = jax.lax.stop_gradient(features)
         if perturb is not None:
             features = perturb(features)
 
         conv = partial(ConvNorm, self.decoder_width, dtype=self.dtype)
         rates = rates_at(self.output_stride, self.aspp_rates)
-        deep = ASPP(self.decoder_width, rates, self.dtype, name="aspp")(features.deep, train)
+        low, deep = features.levels
+        deep = ASPP(self.decoder_width, rates, self.dtype, name="aspp")(deep, train)
         deep = conv(name="fuse")(deep, train)
-        deep = encoded = _dropout(self.dropout, train)(deep)
-        low = conv(kernel_size=1, use_bias=True, name="low_level")(features.low, train)
+        deep = encoded = drop_maps(self.dropout, train)(deep)
+        low = conv(kernel_size=1, use_bias=True, name="low_level")(low, train)
         deep = resize_aligned(deep, (low.shape[1], low.shape[2]))
         fused = jnp.concatenate([low, deep], axis=-1)  # (B, h, w, 2 decoder_width)
 
@@ -148,13 +158,8 @@ class Head(nn.Module):
         form = {"dtype": self.dtype, "together": True}
         for i in range(1, self.depth + 1):
             conv = ConvNorm(self.width, use_bias=True, name=f"conv{i}", **form)
-            x = _dropout(self.dropout, train)(conv(x, train))
+            x = drop_maps(self.dropout, train)(conv(x, train))
         return Conv(self.features, kernel_size=1, name="out", **form)(x)
-
-
-def _dropout(rate: float, train: bool) -> nn.Dropout:
-    """Drops whole channels of an image (Dropout2d, lineage)."""
-    return nn.Dropout(rate, broadcast_dims=(1, 2), deterministic=not train)
 
 
 def rates_at(output_stride: int, rates: Sequence[int]) -> tuple[int, ...]:

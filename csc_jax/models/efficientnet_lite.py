@@ -39,8 +39,8 @@ class EfficientNetLite0(nn.Module):
     Strided convolutions are padded as in TensorFlow and BatchNorm has epsilon 1e-3, as the
     published weights need it; their images were normalised with mean 127 and std 128.
 
-    Its features end in a linear layer, not in a ReLU: `low` has 24 channels, `middle` 112,
-    `deep` 320.
+    Its features end in a linear layer, not in a ReLU: its levels have 24 and 320 channels, `middle`
+    112.
     """
 
     output_stride: int = 8  # 8, 16 or 32
@@ -73,11 +73,11 @@ class EfficientNetLite0(nn.Module):
                 stride, first = 1, dilation
                 index += 1
             maps.append(x)
-        return Features(low=maps[1], middle=maps[4], deep=maps[6])
+        return Features(levels=(maps[1], maps[6]), middle=maps[4])
 
 
 def low_size(size: Any) -> Any:
-    """Returns the sides of `Features.low` of images with sides `size`, int or int array, px."""
+    """Returns the sides of the first level of images with sides `size`, int or int array, px."""
     return -(-size // 4)
 
 

@@ -15,9 +15,26 @@ from csc_jax.models.normalization import batch_normalize, normalize, update_runn
 class Features(NamedTuple):
     """What a backbone returns: feature maps (B, h, w, K) in the compute dtype."""
 
-    low: jax.Array  # stride 4 (layer1 of a ResNet): edges for the decoder
-    middle: jax.Array  # before the last stride (layer3): input of the auxiliary head
-    deep: jax.Array  # last stage (layer4), at the output stride: input of ASPP
+    # What the decoder reads, shallow to deep. Of a convolutional network two: stride 4 (layer1 of a
+    # ResNet), edges for the decoder, and the last stage (layer4), at the output stride, the input
+    # of ASPP. Of a vision transformer four, all at the stride of its patches.
+    levels: tuple[jax.Array, ...]
+    # Before the last stride (layer3): input of the auxiliary head; None without such a stage.
+    middle: jax.Array | None
+
+
+class Outputs(NamedTuple):
+    """Results of a network; (h, w) is the size of its finest map, see `logits_size`."""
+
+    logits: jax.Array  # (B, h, w, C) float32
+    # (B, h, w, D) in the compute dtype, not normalised, since few pixels of it are ever looked at;
+    # None where not asked for.
+    projection: jax.Array | None
+    # (B, h', w', C) float32 at the stride of `Features.middle`; None without that head.
+    aux: jax.Array | None
+    # (B, h'', w'', `encoded_width`) float32: what the decoder makes the rest of, at the deepest
+    # level's size.
+    encoded: jax.Array
 
 
 def checkpoint_block(block: type[nn.Module]) -> type[nn.Module]:
@@ -154,3 +171,8 @@ class ConvNorm(nn.Module):
         )(x, learn_bias=not train)
         x = BatchNorm(dtype=self.dtype, name="bn")(x, train)
         return nn.relu(x) if self.relu else x
+
+
+def drop_maps(rate: float, train: bool) -> nn.Dropout:
+    """Drops whole channels of an image (Dropout2d, lineage)."""
+    return nn.Dropout(rate, broadcast_dims=(1, 2), deterministic=not train)

@@ -108,7 +108,7 @@ class ResNet(nn.Module):
                 )(x, train)
                 stride, first = 1, dilation
             stages.append(x)
-        return Features(low=stages[0], middle=stages[2], deep=stages[3])
+        return Features(levels=(stages[0], stages[3]), middle=stages[2])
 
     def _deep_stem(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(ConvNorm, dtype=self.dtype)
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
 
 
 def low_size(stem: str, size: Any) -> Any:
-    """Returns the sides of `Features.low` of images with sides `size`, int or int array, px."""
+    """Returns the sides of the first level of images with sides `size`, int or int array, px."""
     return _pooled(-(-size // 2), ceil_mode=stem == "deep")
 
 

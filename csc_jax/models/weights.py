@@ -11,10 +11,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from csc_jax.errors import UserError
+from csc_jax.models import transformer_weights, weight_files
 from csc_jax.models.resnet import DEPTHS, Bottleneck
 from csc_jax.models.weight_files import StateDict, locate, read_weights, unwrap
 
 log = logging.getLogger("csc_jax")
+
+# Where a file holds several networks, the first of these; UniMatch V2's teacher is `model_ema`.
+TEACHER = ("teacher_state", "model_ema", *weight_files.TEACHER)
+STUDENT = (*weight_files.STUDENT, "model_ema")
 
 Path = tuple[str, ...]  # (collection, *modules, leaf) of one of our arrays
 Rules = tuple[tuple[str, str], ...]  # (layer in PyTorch, module here); {x} stands for a number
@@ -107,7 +112,10 @@ _NETWORKS = tuple(
 
 _LEAVES = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 _TORCH_LEAVES = {ours: theirs for theirs, ours in _LEAVES.items()}
-_HEADS = {"projection": "decoder.representation.", "auxiliary": "auxor."}  # some methods lack them
+_HEADS = {  # some methods lack them
+    "projection": ("decoder.representation.", "head.projection."),
+    "auxiliary": ("auxor.",),
+}
 
 
 def convert_torch_state_dict(
@@ -119,15 +127,21 @@ def convert_torch_state_dict(
 
     Args:
       state_dict: name -> array, with or without the prefix "module." of DistributedDataParallel,
-        itself or under one of `weight_files.TEACHER`.
-      variables: {"params", "batch_stats"} of a DeepLabV3Plus, as arrays or as their shapes.
+        itself or under one of `TEACHER`.
+      variables: {"params", "batch_stats"} of a network, as arrays or as their shapes.
       strict: False lets both sides have arrays that the other lacks, or has in another shape;
         they keep the value in `variables` and are listed in the log.
 
     Raises:
       UserError: it is of no known family, or, if `strict`, does not fit; names every array.
     """
-    state = {k.removeprefix("module."): v for k, v in unwrap(state_dict).items()}
+    state = {k.removeprefix("module."): v for k, v in unwrap(state_dict, TEACHER).items()}
+    if transformer_weights.recognizes(state) and transformer_weights.is_transformer(variables):
+        converted, problems, theirs = transformer_weights.convert(state, variables)
+        if problems:
+            ours = transformer_weights.describe(_shapes(variables))
+            _refuse(_reason(theirs, ours), problems, strict)
+        return converted
     family = _family_of(state)
     leaves = flatten_dict(dict(variables))
     wanted = {p: leaf.shape for p, leaf in leaves.items() if family.whole or p[1] == "backbone"}
@@ -154,26 +168,29 @@ def convert_torch_state_dict(
         for path in sorted(wanted.keys() - found.keys())
     ]
     if problems:
-        reason = _reason({path: array.shape for path, array in found.items()}, wanted)
-        message = f"The weights do not fit the network. {reason}" + "\n  ".join(["", *problems])
-        if strict:
-            raise UserError(message)
-        log.warning("%s", message)
+        theirs = _describe({path: array.shape for path, array in found.items()})
+        _refuse(_reason(theirs, _describe(wanted)), problems, strict)
     fitting = {p: a for p, a in found.items() if p in wanted and a.shape == wanted[p]}
     return unflatten_dict(leaves | fitting)
 
 
-def to_torch_state_dict(variables: Mapping[str, Any]) -> StateDict:
-    """Returns a network's arrays, float32, under the names and in the layouts of the lineage.
+def to_torch_state_dict(variables: Mapping[str, Any], names: str = "") -> StateDict:
+    """Returns a network's arrays, float32, under published names and in PyTorch's layouts.
 
+    A DeepLabv3+ gets those of the lineage (U2PL), a transformer with its head those of UniMatch V2.
     `num_batches_tracked` is left out; `load_state_dict` does without it.
 
     Args:
-      variables: {"params", "batch_stats"} of a DeepLabV3Plus.
+      variables: {"params", "batch_stats"} of a network.
+      names: "" for these; meta, transformers or timm for a transformer alone, without its head.
 
     Raises:
-      UserError: the family has no name for a layer, such as a fourth branch of ASPP.
+      UserError: there are no such names, or none for a layer, such as a fourth branch of ASPP.
     """
+    if transformer_weights.is_transformer(variables):
+        return transformer_weights.to_state_dict(variables, names or "unimatch_v2")
+    if names not in ("", "u2pl"):
+        raise UserError(f"names is {names!r}, but a DeepLabv3+ has those of U2PL alone; leave it.")
     leaves = flatten_dict(dict(variables))
     modules = {"/".join(path[1:-1]) for path in leaves}
     for family in _NETWORKS:
@@ -206,7 +223,7 @@ def load_pretrained(source: str, variables: Mapping[str, Any]) -> dict[str, Any]
       UserError: no such file, or weights that do not fit the network.
     """
     path = locate(source)
-    state = drop_absent_heads(read_weights(path), variables)
+    state = drop_absent_heads(read_weights(path, TEACHER), variables)
     try:
         converted = convert_torch_state_dict(state, variables)
     except UserError as error:
@@ -221,7 +238,8 @@ def drop_absent_heads(
     state_dict: Mapping[str, Any], variables: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns a state dict without the projection or auxiliary head that the network lacks."""
-    prefixes = tuple(p for head, p in _HEADS.items() if head not in variables["params"])
+    absent = (names for head, names in _HEADS.items() if head not in variables["params"])
+    prefixes = tuple(name for names in absent for name in names)
     return {
         name: value
         for name, value in state_dict.items()
@@ -239,7 +257,13 @@ def _family_of(state: Mapping[str, Any]) -> Family:
     for family in (*_BACKBONES, *_NETWORKS):
         if f"{family.marker}.weight" in state:
             return family
+    if transformer_weights.recognizes(state):
+        raise UserError(
+            "The weights are a vision transformer's, and the network is a DeepLabv3+. Set "
+            "--config.model.backbone to the transformer, such as dinov2_small."
+        )
     known = ", ".join(family.name for family in (*_BACKBONES, *_NETWORKS))
+    known += ", DINOv2, DINOv3 and UniMatch V2 on them"
     raise UserError(
         f"The weights are of no known family ({known}): their names begin with "
         f"{', '.join(list(state)[:3]) or 'nothing'}."
@@ -269,9 +293,19 @@ def _to_ours(module: str, leaf: str, value: np.ndarray) -> tuple[Path, np.ndarra
     return (collection, *module.split("/"), leaf), array
 
 
-def _reason(found: Mapping[Path, Any], wanted: Mapping[Path, Any]) -> str:
+def _refuse(reason: str, problems: list[str], strict: bool) -> None:
+    message = f"The weights do not fit the network. {reason}" + "\n  ".join(["", *problems])
+    if strict:
+        raise UserError(message)
+    log.warning("%s", message)
+
+
+def _shapes(variables: Mapping[str, Any]) -> dict[Path, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten_dict(dict(variables)).items()}
+
+
+def _reason(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """Says in which fields of config.model the two backbones differ."""
-    theirs, ours = _describe(found), _describe(wanted)
     different = {field: value for field, value in theirs.items() if ours.get(field) != value}
     if not different:
         return "Their backbone is the same, these arrays are not:"
@@ -282,6 +316,8 @@ def _reason(found: Mapping[Path, Any], wanted: Mapping[Path, Any]) -> str:
 
 def _describe(shapes: Mapping[Path, Any]) -> dict[str, Any]:
     """Returns the fields of config.model that tell one backbone from another."""
+    if ("params", "backbone", "blocks", "qkv", "kernel") in shapes:
+        return transformer_weights.describe(shapes)
     modules = {path[2:4] for path in shapes if path[1] == "backbone"}
     blocks = {first for first, _ in modules}
     if "block0" in blocks:

@@ -154,6 +154,7 @@ def build(
     """
     num_classes = len(class_names)
     model = models.build(config.model, num_classes, aux_head=config.loss.aux_weight > 0)
+    models.check_crop(config.model.backbone, model, config.data.crop_size)
     task = methods.Task(config, model, num_classes, config.train.steps)
     method = methods.build(task)
     mesh = sharding.make_mesh(config.parallel.devices, config.parallel.fsdp, devices)
@@ -161,7 +162,7 @@ def build(
 
     def logits(variables: dict[str, Any], images: jax.Array) -> jax.Array:
         # Without projection head (decisions.md 16); `jit` drops its parameters, unused.
-        network = Network(variables["params"], variables["batch_stats"])
+        network = Network(variables["params"], variables.get("batch_stats", {}))
         return task.eval_forward(network, images, projection=False).logits
 
     make_predictor = functools.partial(

@@ -39,7 +39,7 @@ def init_state(
 
     def start(network: Network) -> Network:
         variables = overlay(network.variables, pretrained)
-        return Network(variables["params"], variables["batch_stats"])
+        return Network(variables["params"], variables.get("batch_stats", {}))
 
     student_key, companion_key = jax.random.split(jax.random.key(seed))
     student = start(method.task.init_network(student_key, projection=method.projection))
