@@ -32,7 +32,7 @@ demo: $(READY)  ## Train supervised and CSC on drawn street scenes and compare t
 test: $(READY)  ## Run the tests
 	$(RUN) pytest -n 2 $(ARGS)
 
-parity:  ## Run the tests that compare with PyTorch, timm and the Cityscapes evaluator
+parity:  ## Run the tests that compare with PyTorch, timm, transformers and the Cityscapes evaluator
 	@$(MAKE) --no-print-directory $(PARITY)/.ready VENV=$(PARITY) \
 		PINS="requirements.txt requirements-parity.txt"
 	$(PARITY)/bin/python -m pytest -n 2 -m parity --no-skips $(ARGS)
