@@ -20,7 +20,7 @@ import numpy as np
 
 from csc_jax.contrast import devices
 from csc_jax.models.convolution import convolve
-from csc_jax.models.layers import SHAPES_ONLY, Features, parameter
+from csc_jax.models.layers import Features, parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ViT(nn.Module):
         blocks: Any = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True, SHAPES_ONLY: True, "dropout": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=form.depth,
         )
