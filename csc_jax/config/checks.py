@@ -42,6 +42,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.synthetic.weather": (0, 1),
     "batch.labeled": (1, math.inf),
     "batch.unlabeled": (1, math.inf),
+    "train.accumulate": (1, math.inf),
+    "optimizer.recipe_batch": (0, math.inf),
     "batch.eval": (1, math.inf),
     "model.width": (1, math.inf),
     "model.decoder_width": (1, math.inf),
@@ -197,6 +199,12 @@ def validate(config: ConfigDict) -> None:
         )
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps and train.epochs are both 0; one of them must be above 0.")
+    if config.optimizer.scale_rate and not config.optimizer.recipe_batch:
+        raise UserError(
+            "optimizer.scale_rate is on, but optimizer.recipe_batch is 0, so the batch that "
+            "optimizer.learning_rate is meant for is not known. Give it, as in "
+            "--config.optimizer.recipe_batch=16, or give the learning rate itself."
+        )
     if not 0 <= config.optimizer.warmup <= config.train.steps and config.train.steps:
         raise UserError(
             f"optimizer.warmup is {config.optimizer.warmup} steps, more than the "

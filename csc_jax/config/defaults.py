@@ -223,6 +223,8 @@ def default_config() -> ConfigDict:
     c.optimizer = ConfigDict()
     c.optimizer.name = "sgd"  # sgd | adamw
     c.optimizer.learning_rate = 1e-3  # at step 0, of the backbone
+    c.optimizer.scale_rate = False  # learning_rate times batch.labeled / recipe_batch
+    c.optimizer.recipe_batch = 0  # labelled images a step that the recipe's learning_rate is for
     c.optimizer.head_multiplier = 1.0  # learning rate of everything but the backbone, as a ratio
     c.optimizer.momentum = 0.9  # sgd only (decisions.md 24)
     c.optimizer.weight_decay = 1e-4  # every parameter (decisions.md 24); adamw decouples it
@@ -233,6 +235,7 @@ def default_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.steps = 0  # optimizer steps; 0 = take train.epochs instead
     c.train.epochs = 0.0  # passes over the unlabelled list where steps is 0 (decisions.md 20)
+    c.train.accumulate = 1  # parts of a batch, one after the other, to save memory (FAQ)
     c.train.log_every = 10  # steps between progress lines and metric records
     c.train.eval_every = 100  # steps between evaluations; 0 = only at the end
     c.train.panels = 4  # val images drawn into W/plots at each evaluation
@@ -268,7 +271,7 @@ def default_config() -> ConfigDict:
 
 
 def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
-    """Returns a copy in which every length is in steps (decisions.md 20).
+    """Returns a copy with every length in steps (decisions.md 20) and the rate that counts.
 
     Args:
       config: a valid config.
@@ -283,9 +286,18 @@ def resolve(config: ConfigDict, steps_per_epoch: int) -> ConfigDict:
         config.method.supervised_only_epochs = 0.0
     config.train.eval_every = config.train.eval_every or config.train.steps
     config.checkpoint.every = config.checkpoint.every or config.train.eval_every
+    config.optimizer.learning_rate *= rate_scale(config)
+    config.optimizer.scale_rate = False
     if not any(config.eval.window):
         config.eval.window = config.data.crop_size
     return config
+
+
+def rate_scale(config: ConfigDict) -> float:
+    """Returns what `resolve` multiplies the learning rate by: linear scaling, where it is on."""
+    if not config.optimizer.scale_rate:
+        return 1.0
+    return float(config.batch.labeled / config.optimizer.recipe_batch)
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

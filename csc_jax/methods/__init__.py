@@ -35,14 +35,21 @@ def build(task: Task) -> Method:
             f"method.name is {name!r}, which is not a method.{hint} "
             f"Available: {', '.join(available())}."
         )
-    if on_top == "none":
-        return _class(name)(task)
     if on_top == name:
         raise UserError(
             f"method.contrast puts {on_top} on top of method.name, which is {name} already. Name "
             "another method below, or leave method.contrast at none."
         )
-    return _class(on_top)(task, _class(name)(task, with_pixels=True))
+    if on_top == "none":
+        method = _class(name)(task)
+    else:
+        method = _class(on_top)(task, _class(name)(task, with_pixels=True))
+    if task.config.train.accumulate > 1 and not method.accumulates:
+        raise UserError(
+            f"train.accumulate is {task.config.train.accumulate}, but {name} needs its batch in "
+            "one piece. Set it to 1; --config.model.remat=True saves memory as well."
+        )
+    return method
 
 
 def _class(name: str) -> Callable[..., Method]:

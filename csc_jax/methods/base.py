@@ -134,7 +134,11 @@ class Method:
       task: what it is built from.
       with_pixels: hand on `Pixels` for a contrastive module on top; the student then carries the
         projection head.
+      accumulates: whether a batch may come in parts (`train.accumulate`): `LossOutputs.carry` holds
+        arrays of one row an image, and `update` takes those of all parts as one batch.
     """
+
+    accumulates = True
 
     def __init__(self, task: Task, *, with_pixels: bool = False):
         self.task = task

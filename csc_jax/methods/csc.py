@@ -67,6 +67,7 @@ class CSC(Method):
     def __init__(self, task: Task, base: Method | None = None):
         super().__init__(task, with_pixels=True)
         self.base = base or CutMixMeanTeacher(task, with_pixels=True)
+        self.accumulates = self.base.accumulates
         self._check_absent_classes()
         # Before the teacher starts there are no pseudo-labels worth contrasting.
         self.start = max(task.config.contrast.start, task.config.method.supervised_only)

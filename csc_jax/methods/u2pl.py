@@ -54,6 +54,8 @@ class Candidates(struct.PyTreeNode):
 class U2PL(Method):
     """L = L_s + lambda_u L_u + weight L_c."""
 
+    accumulates = False  # each part's loss would need the queues as the part before left them
+
     @property
     def projection(self) -> bool:
         return True

@@ -65,7 +65,7 @@ def make_mesh(
 
 
 def check_batch_sizes(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError for a batch of training that does not divide by the mesh."""
+    """Raises UserError for a batch of training that does not divide by the mesh, and its parts."""
     for name in ("labeled", "unlabeled"):
         size = config.batch[name]
         if size % mesh.size:
@@ -73,6 +73,12 @@ def check_batch_sizes(config: ConfigDict, mesh: Mesh) -> None:
                 f"batch.{name} is {size}, which does not divide by the {mesh.size} devices of the "
                 f"mesh. Choose a multiple of {mesh.size}, or fewer devices with "
                 "--config.parallel.devices=N."
+            )
+        if size % (mesh.size * config.train.accumulate):
+            raise UserError(
+                f"batch.{name} is {size}, which does not divide by train.accumulate = "
+                f"{config.train.accumulate} parts on {mesh.size} devices. Choose a multiple of "
+                f"{config.train.accumulate * mesh.size}, or fewer parts."
             )
 
 

@@ -63,6 +63,13 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     steps_per_epoch = data.steps_per_epoch(config, partition)
     if config.checkpoint.allow_new_unlabeled:  # all lengths stay as the run began with them
         steps_per_epoch = _steps_per_epoch_before(workdir) or steps_per_epoch
+    if config.optimizer.scale_rate:
+        log.info(
+            "learning rate %g: %g of the recipe, for batches of %d labelled images, times %d / %d",
+            *(config.optimizer.learning_rate * config_lib.rate_scale(config),),
+            *(config.optimizer.learning_rate, config.optimizer.recipe_batch),
+            *(config.batch.labeled, config.optimizer.recipe_batch),
+        )
     config = config_lib.resolve(config, steps_per_epoch)
     iterator = data.train_iterator(
         config, dataset, partition, jax.process_index(), jax.process_count()

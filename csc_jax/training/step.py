@@ -18,6 +18,7 @@ from csc_jax.models.weights import overlay
 from csc_jax.optimizer import learning_rate_schedule
 from csc_jax.parallel.sharding import batch_sharding, replicated, state_sharding
 from csc_jax.state import Network, TrainState, copy_network
+from csc_jax.training.accumulate import accumulated
 from csc_jax.training.background import in_background, wait_for
 
 Metrics = dict[str, Array]
@@ -72,8 +73,12 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     loss_key, update_key = jax.random.split(key)
-    grad = jax.value_and_grad(method.loss, has_aux=True)
-    (loss, outputs), gradients = grad(state.trained, state, batch, loss_key)
+    parts = method.task.config.train.accumulate
+    if parts > 1:
+        (loss, outputs), gradients = accumulated(method, parts, state, batch, loss_key)
+    else:
+        grad = jax.value_and_grad(method.loss, has_aux=True)
+        (loss, outputs), gradients = grad(state.trained, state, batch, loss_key)
     norm = optax.tree.norm(gradients)  # not finite if any gradient is not
 
     @jax.jit  # so that `eval_shape` below and `cond` share one trace
