@@ -1,10 +1,11 @@
 """Feeds the readers of the user's files with hostile input; anything but a UserError is a crash.
 
 Command:    python scripts/fuzz.py [--examples=6000] [--seed=0]
-Run time:   9 minutes on half a core
+Run time:   RUNTIME
 
-Split lists, lists of Pascal VOC, class lists and label PNGs, made by hypothesis: arbitrary bytes,
-and well-formed files with their parts exchanged, repeated, cut off or turned. A crash is shown with
+Split lists, lists of Pascal VOC, class lists, values of labels, label files, colour masks, images
+and annotation files, made by hypothesis: arbitrary bytes, and well-formed files with their parts
+exchanged, repeated, cut off or turned. A crash is shown with
 the smallest input that causes it, and one seed makes the same inputs again. Exit status 0 if there
 was none.
 """
@@ -12,6 +13,7 @@ was none.
 import argparse
 import io
 import json
+import shutil
 import struct
 import sys
 import tempfile
@@ -24,11 +26,12 @@ from typing import Any
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
+from import_annotations import import_annotations
 from PIL import Image
 
 from csc_jax import config as config_lib
 from csc_jax import data
-from csc_jax.data import example, folder, pascal_voc
+from csc_jax.data import class_list, codec, example, folder, pascal_voc
 from csc_jax.errors import UserError
 
 Reader = Callable[[Path, bytes], None]
@@ -60,7 +63,7 @@ def fuzz(name: str, examples: int, seed: int = 0, reader: Reader | None = None) 
     """Gives a reader, by default its own, `examples` inputs of a kind, a key of `READERS`.
 
     Returns:
-      How many were "read" and how many "refused", by a UserError or a BadExample.
+      How many were "read" and how many "refused", by the project's own errors.
 
     Raises:
       Exception: whatever else the reader raised, on the smallest input found.
@@ -82,7 +85,7 @@ def fuzz(name: str, examples: int, seed: int = 0, reader: Reader | None = None) 
         try:
             read(Path(scratch), content)
             counts["read"] += 1
-        except (UserError, example.BadExample):
+        except (UserError, example.BadExample, codec.Unusable):
             counts["refused"] += 1
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -125,24 +128,77 @@ def read_class_list(scratch: Path, content: bytes) -> None:
     """Both kinds of class list; the first byte says which."""
     path = scratch / ("classes.json" if content[:1] in b"[{" else "classes.txt")
     path.write_bytes(content)
-    names, palette = folder.read_classes(path)
+    names, palette, colors, _, values, _ = class_list.read_classes(path)
     assert palette.shape == (len(names), 3)
+    assert all(tuple(palette[i]) == color for i, color in colors.items())
+    assert set(range(len(names))) <= set(values.values()) <= {*range(len(names)), 255}
     assert len(set(names)) == len(names)
     json.dumps(names).encode()
     "".join(names).encode()
 
 
+def read_label_values(scratch: Path, content: bytes) -> None:
+    """The field that maps stored values to ids."""
+    path = scratch / "classes.txt"
+    if not path.exists():
+        path.write_text("a\nb\n")
+    meaning = folder._meaning(content.decode(errors="replace"), class_list.read_classes(path), path)
+    assert set(np.unique(meaning.table)) <= {0, 1, 254, 255}
+
+
 def read_label(scratch: Path, content: bytes) -> None:
     """A label beside a good image."""
+    table = example.label_ids({0: 0, 1: 1, 2: 2, 255: 255})
+    _read_label(scratch, content, table)
+
+
+def read_color_mask(scratch: Path, content: bytes) -> None:
+    """A label in colours, or with a palette, beside a good image."""
+    path = scratch / "classes.txt"
+    if not path.exists():
+        path.write_text("a 0 0 0\nb 1 1 1\nc 2 2 2\nvoid 255 255 255\n")
+    _read_label(scratch, content, folder._meaning("", class_list.read_classes(path), path))
+
+
+def _read_label(scratch: Path, content: bytes, meaning: example.LabelIds) -> None:
     image, label = scratch / "image.png", scratch / "label.png"
     if not image.exists():
         Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(image)
     label.write_bytes(content)
-    table = example.label_ids({0: 0, 1: 1, 2: 2, 255: 255})
-    classes = example.Pair("fuzzed", image, label, table).read()[1]
+    classes = example.Pair("fuzzed", image, label, meaning).read()[1]
     assert classes.shape == SIZE
     assert classes.dtype == np.uint8
     assert set(np.unique(classes)) <= {0, 1, 2, 255}
+
+
+def read_image(scratch: Path, content: bytes) -> None:
+    """An image; what is kept as it is has to decode to the same later."""
+    del scratch
+    photo = codec.decode_photo(content, 0 if len(content) % 2 else 16)
+    assert photo.pixels.dtype == np.uint8
+    assert photo.pixels.shape[2:] == (3,)
+    if photo.as_stored:
+        kept = codec.decode_image(content)
+        assert kept is not None
+        assert (kept == photo.pixels).all()
+
+
+def read_annotations(scratch: Path, content: bytes) -> None:
+    """An annotation file, and all that is written for it."""
+    inside = scratch / "inside"
+    shutil.rmtree(inside, ignore_errors=True)
+    inside.mkdir()
+    source = scratch / "annotations"
+    source.write_bytes(content)
+    try:
+        for path in import_annotations(source, inside / "out"):
+            assert path.is_relative_to(inside / "out" / "labels")
+            assert path.is_file()
+    finally:
+        assert sorted(p.name for p in scratch.iterdir()) == ["annotations", "inside"]
+        assert [p.name for p in inside.iterdir()] in ([], ["out"])
+        if (inside / "out").exists():
+            assert {p.name for p in (inside / "out").iterdir()} <= {"labels", "classes.txt"}
 
 
 # ---- Inputs --------------------------------------------------------------------------------------
@@ -176,8 +232,16 @@ def _mutated(draw: Any, contents: st.SearchStrategy[bytes]) -> bytes:
 
 @st.composite
 def _lists(draw: Any) -> bytes:
-    """Lines of ids that are known, unknown, or paths out of the data set."""
-    names = draw(st.sampled_from([_NAMES, _KNOWN, _KNOWN]))
+    """Lines of ids that are known, unknown, or paths out of the data set; also in two columns."""
+    columns = st.builds(
+        "{}{}{}{}{}".format,
+        st.sampled_from(["", "images/", "./", "C:\\images\\", "/val/", '"']),
+        _KNOWN,
+        st.sampled_from(["", ".jpg", ".PNG"]),
+        st.sampled_from(["", " ", "\t", ","]),
+        st.sampled_from(["", "labels/a.png", "#"]),
+    )
+    names = draw(st.sampled_from([_NAMES, _KNOWN, _KNOWN, columns]))
     lines = draw(st.lists(names, max_size=8, unique=draw(st.booleans())))
     end = draw(_LINE_ENDS)
     start = draw(st.sampled_from(["", "", "\ufeff"]))
@@ -192,10 +256,22 @@ _COLORS = st.builds(
     st.sampled_from([" ", ",", ", "]),
 )
 _HEX = st.builds(lambda text: f"#{text}", st.text("0123456789abcdefG", min_size=5, max_size=7))
+_CLASS_LINE = st.one_of(
+    st.builds("{} {}".format, _NAMES, st.one_of(_COLORS, _HEX, st.just(""))),
+    st.builds("{}{}{} {}".format, st.integers(0, 4), st.sampled_from([": ", " ", ",", "="]),
+              st.text("ab ", min_size=1, max_size=3), st.one_of(_COLORS, st.just(""))),
+    st.builds("{}:{}::".format, _NAMES, st.one_of(_COLORS, st.just(""))),
+    st.builds("{} {}".format, _COLORS, _NAMES),
+    st.builds("{},{},{},{}".format, _NAMES, *[st.integers(0, 256)] * 3),
+    st.sampled_from(["name,r,g,b", "id;name;color", "# label:color_rgb:parts:actions", "__ignore__",
+                     "_background_", "void 1 2 3", '"a","b"']),
+)  # fmt: skip
+_KINDS_OF_LINES = st.sampled_from([_CLASS_LINE, *_CLASS_LINE.original_strategies])
 _CLASS_LINES = st.builds(
-    lambda lines, end: end.join(lines).encode(errors="surrogatepass"),
-    st.lists(st.builds("{} {}".format, _NAMES, st.one_of(_COLORS, _HEX, st.just(""))), max_size=8),
+    lambda lines, end, encoding: end.join(lines).encode(encoding, errors="surrogatepass"),
+    _KINDS_OF_LINES.flatmap(lambda kind: st.lists(kind, max_size=8)),
     _LINE_ENDS,
+    st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-16-be"]),
 )
 _JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.floats(), _NUMBERS,
@@ -225,7 +301,7 @@ _CLASS_JSON = st.one_of(
 
 @st.composite
 def _pngs(draw: Any) -> bytes:
-    """Label files of every mode, of the right size or not, and their header changed."""
+    """Label files of every mode and format, of the right size or not, and their header changed."""
     mode = draw(st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]))
     height, width = draw(
         st.sampled_from([SIZE, SIZE, SIZE, SIZE[::-1]]) | st.tuples(*[st.integers(1, 9)] * 2)
@@ -241,11 +317,30 @@ def _pngs(draw: Any) -> bytes:
     else:
         image = Image.fromarray(pixels).convert(mode)
     stream = io.BytesIO()
-    image.save(stream, draw(st.sampled_from(["PNG"] * 9 + ["TIFF"])))
+    kind = draw(st.sampled_from(["PNG"] * 6 + ["TIFF", "TIFF", "BMP", "WEBP", "JPEG", "GIF"]))
+    try:
+        image.save(stream, kind)
+    except OSError:  # a mode that the format has not
+        image.convert("RGB").save(stream, kind)
     content = stream.getvalue()
     if draw(st.integers(0, 4)) == 0 and content.startswith(b"\x89PNG"):
         content = draw(_with_new_header(content))
     return content
+
+
+def _plain_label(mode: str, values: bytes, kind: str) -> bytes:
+    image = Image.fromarray(np.frombuffer(values, np.uint8).reshape(SIZE) % 3).convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+_LABEL_FILES = st.builds(
+    _plain_label,
+    st.sampled_from(["L", "RGB"]),
+    st.binary(min_size=SIZE[0] * SIZE[1], max_size=SIZE[0] * SIZE[1]),
+    st.sampled_from(["PNG", "TIFF", "BMP"]),
+)
 
 
 @st.composite
@@ -260,7 +355,122 @@ def _with_new_header(draw: Any, content: bytes) -> bytes:
     return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
 
 
+_PLACES = st.one_of(
+    st.floats(-3, 12), st.integers(-3, 12), st.sampled_from([1e300, 2**40, float("nan"), "x", None])
+)
+_POINTS = st.lists(st.tuples(_PLACES, _PLACES), min_size=1, max_size=6)
+_GOOD_POINTS = st.lists(st.tuples(st.floats(0, 7), st.floats(0, 5)), min_size=3, max_size=6)
+_SIDES = st.sampled_from([(5, 7)] * 6 + [(0, 3), (2**20, 2**20), ("5", 7), (-1, -1), (None, 7)])
+_FILES = st.one_of(
+    *[st.sampled_from(["a.jpg", "b/c.png"])] * 3,
+    st.sampled_from(["../a.jpg", "/etc/a.jpg", "C:\\a.jpg", "", "a" * 300, "a\0b", ".", "b"]),
+    st.text(max_size=9),
+)
+_LABELS = st.one_of(*[st.sampled_from(["sky", "road", "background"])] * 3, st.text(max_size=9))
+_RUNS = st.one_of(
+    st.just([3, 4, 28]),
+    st.just("34h0"),
+    st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=9),
+    st.lists(st.integers(-2, 40) | st.just(2**70), max_size=5),
+)
+_COCO_OBJECTS = st.fixed_dictionaries({
+    "image_id": st.sampled_from([1, 1, 1, 2, 9]),
+    "category_id": st.sampled_from([1, 1, 2, 9]),
+    "segmentation": st.one_of(
+        st.lists(_GOOD_POINTS.map(lambda points: [v for point in points for v in point]),
+                 max_size=2),
+        st.lists(_POINTS, max_size=2),
+        st.fixed_dictionaries({"size": _SIDES, "counts": _RUNS}),
+        _JSON,
+    ),
+})  # fmt: skip
+_COCO = st.fixed_dictionaries({
+    "images": st.lists(
+        st.builds(lambda number, name, sides: {"id": number, "file_name": name, "height": sides[0],
+                                               "width": sides[1]},
+                  st.integers(1, 2), _FILES, _SIDES),
+        max_size=2),
+    "categories": st.lists(st.fixed_dictionaries({"id": st.integers(1, 2), "name": _LABELS}),
+                           max_size=3),
+    "annotations": st.lists(_COCO_OBJECTS, max_size=3) | _JSON,
+})  # fmt: skip
+_LABELME = st.builds(
+    lambda name, sides, shapes: {
+        **{"imagePath": name, "imageHeight": sides[0], "imageWidth": sides[1]},
+        "shapes": shapes,
+    },
+    *(_FILES, _SIDES),
+    st.lists(
+        st.fixed_dictionaries(
+            {
+                "label": _LABELS,
+                "points": _GOOD_POINTS | _POINTS | _JSON,
+                "shape_type": st.sampled_from(
+                    ["polygon", "polygon", "rectangle", "circle", "mask", "line", None, 3]
+                ),
+                "mask": st.sampled_from(["", "iVBORw0KGgo=", "x"]),
+            }
+        ),
+        max_size=3,
+    ),
+)
+_ATTRIBUTES = st.one_of(st.floats(0, 5).map(str), st.sampled_from(["-9", "1e400", "nan", "", "<"]))
+
+
+def _cvat_shape(tag: str, points: list[Any], values: list[str], label: str) -> str:
+    names = ("xtl", "ytl", "xbr", "ybr", "rotation", "left", "top", "width", "height", "z_order")
+    given = "".join(f' {name}="{value}"' for name, value in zip(names, values, strict=True))
+    outline = ";".join(f"{x},{y}" for x, y in points)
+    return f'<{tag} label="{label}" points="{outline}" rle="3,4"{given}/>'
+
+
+_CVAT = st.builds(
+    lambda name, sides, shapes, start: (
+        f'{start}<annotations><image name="{name}" height="{sides[0]}" width="{sides[1]}">'
+        f"{''.join(shapes)}</image></annotations>"
+    ),
+    *(_FILES, _SIDES),
+    st.lists(
+        st.builds(
+            _cvat_shape,
+            st.sampled_from(["polygon", "box", "ellipse", "mask", "points", "tag"]),
+            _GOOD_POINTS | _POINTS,
+            st.lists(_ATTRIBUTES, min_size=10, max_size=10),
+            _LABELS,
+        ),
+        max_size=3,
+    ),
+    st.sampled_from(["", '<?xml version="1.0" encoding="utf-8"?>',
+                     '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]>']),
+)  # fmt: skip
+_GOOD_COCO = st.builds(
+    lambda outline, label: {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 5, "width": 7}],
+        "categories": [{"id": 1, "name": label}, {"id": 2, "name": "sky"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "segmentation": outline}],
+    },
+    _GOOD_POINTS.map(lambda points: [[v for point in points for v in point]])
+    | st.fixed_dictionaries({"size": st.just((5, 7)), "counts": _RUNS}),
+    _LABELS,
+)
+_ANNOTATIONS = st.one_of(
+    (_COCO | _GOOD_COCO | _LABELME | _JSON).map(lambda value: json.dumps(value).encode()),
+    _CVAT.map(lambda value: value.encode(errors="surrogatepass")),
+    _DEEP,
+)
+_VALUES = st.one_of(
+    st.lists(
+        st.builds("{}:{}".format, st.integers(-1, 70000), st.sampled_from([0, 1, 1, 255, 7])),
+        max_size=4,
+    ).map(",".join),
+    st.text("0123456789:, -x", max_size=20),
+    st.text(max_size=20),
+).map(lambda value: value.encode(errors="surrogatepass"))
+
 _ANYTHING = st.binary(max_size=200)
+_IMAGE_FILES = st.one_of(
+    *(_LABEL_FILES, _mutated(_LABEL_FILES), _pngs(), _mutated(_pngs()), _ANYTHING)
+)
 READERS: dict[str, tuple[Reader, st.SearchStrategy[bytes]]] = {
     "split list": (read_split_list, st.one_of(_mutated(_lists()), _lists(), _ANYTHING)),
     "VOC list": (read_voc_list, st.one_of(_mutated(_lists()), _lists(), _ANYTHING)),
@@ -270,7 +480,14 @@ READERS: dict[str, tuple[Reader, st.SearchStrategy[bytes]]] = {
             *(_CLASS_LINES, _mutated(_CLASS_LINES), _CLASS_JSON, _mutated(_CLASS_JSON), _ANYTHING)
         ),
     ),
-    "label PNG": (read_label, st.one_of(_mutated(_pngs()), _pngs(), _ANYTHING)),
+    "label values": (read_label_values, _VALUES),
+    "label": (read_label, _IMAGE_FILES),
+    "colour mask": (read_color_mask, _IMAGE_FILES),
+    "image": (read_image, _IMAGE_FILES),
+    "annotations": (
+        read_annotations,
+        st.one_of(_ANNOTATIONS, _ANNOTATIONS, _mutated(_ANNOTATIONS), _ANYTHING),
+    ),
 }
 
 
