@@ -169,3 +169,35 @@ def test_published_lists_are_read_as_they_are(
     assert sorted(data.partition(config, counted_dataset(ids), 0).unlabeled) == sorted(
         found.unlabeled
     )
+
+
+@pytest.mark.parametrize(
+    ("folder", "names", "labeled", "unlabeled"),
+    [
+        ("unimatch_v2/pascal/92", "pascal/662", 92, 10490),
+        ("unimatch_v2/cityscapes/1_16", "cityscapes/186", 186, 2789),
+    ],
+)
+def test_lists_in_two_columns_are_read_as_they_are(
+    tmp_path, published_lists, folder, names, labeled, unlabeled
+):
+    """UniMatch V2 writes image and label; the ids are those of other lists of the same images."""
+    parts = [published_lists / names / f"{half}.txt" for half in ("labeled", "unlabeled")]
+    dataset = counted_dataset(sorted(i for path in parts for i in path.read_text().split()))
+    val = (published_lists / folder.split("/")[0] / folder.split("/")[1] / "val.txt").read_text()
+    own = (published_lists / names.split("/")[0] / "val.txt").read_text().split()
+    dataset.sources["val"] = counted_dataset(own).sources["train"]
+    config = data_config(tmp_path).data
+    for half in ("labeled", "unlabeled"):
+        config[f"{half}_list"] = str(published_lists / folder / f"{half}.txt")
+    found = data.partition(config, dataset, 0)
+    assert (len(found.labeled), len(found.unlabeled)) == (labeled, unlabeled)
+    assert sorted(found.labeled + found.unlabeled) == list(dataset.sources["train"].ids)
+    first = Path(config.labeled_list).read_text().split()[0]
+    assert found.labeled[0] in (first, Path(first).stem)
+    (tmp_path / "val.txt").write_text(val)
+    config.labeled_list = str(tmp_path / "val.txt")
+    with pytest.raises(
+        UserError, match=r"and \d+ more of the split val, which is never trained on"
+    ):
+        data.partition(config, dataset, 0)

@@ -241,6 +241,19 @@ def test_pascal_voc_lists_may_be_those_of_file_pairs(tmp_path):
     assert set(data.load(config).sources["train"].ids) == set(ids)
 
 
+@pytest.mark.parametrize("name", ["train_aug", "trainaug", "train"])
+def test_a_val_image_on_the_train_list_of_pascal_voc_is_refused(tmp_path, name):
+    root = trees.voc_tree(tmp_path / "root")
+    lists = root / "VOCdevkit/VOC2012/ImageSets/Segmentation"
+    if name != "train_aug":
+        (lists / "train_aug.txt").rename(lists / f"{name if name != 'train' else 'x'}.txt")
+    with (lists / f"{name}.txt").open("a") as file:
+        file.write("JPEGImages\\2008_000001.jpg SegmentationClass\\2008_000001.png\n")
+    config = data_config(tmp_path, name="pascal_voc").data
+    with pytest.raises(UserError, match=rf"{name}\.txt names 2008_000001, which .*val\.txt"):
+        data.load(config)
+
+
 @pytest.mark.parametrize(
     "entry", ["../../secret.jpg", "/etc/secret", "/JPEGImages/../../secret.jpg", ".."]
 )

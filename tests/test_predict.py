@@ -241,3 +241,27 @@ def test_an_output_folder_that_cannot_be_made_is_named(predict, folder, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out=.*cannot be made"):
         run(predict, folder, tmp_path / "file" / "out")
+
+
+def test_images_are_found_and_read_as_in_training(predict, folder, tmp_path, caplog):
+    """Links in a circle, hidden files, deep images and those that EXIF turns."""
+    caplog.set_level("INFO", "csc_jax")
+    classes = np.array([[0, 1, 2], [2, 0, 1]]).repeat(8, 0).repeat(8, 1)
+    brightest = 40 + 180 * np.eye(3, dtype=np.uint8)[classes]
+    tags = Image.Exif()
+    tags[0x0112] = 6  # to be turned right by a quarter
+    (folder / "deep").mkdir()
+    Image.fromarray(brightest).save(folder / "deep/turned.png", exif=tags)
+    (folder / "deep/loop").symlink_to(folder)
+    (folder / "._turned.png").write_bytes(b"no image")
+    (folder / "film.gif").write_bytes(b"GIF89a")
+    deep = np.uint16(16) * brightest[..., 1].astype(np.uint16)  # 12 bits, green alone
+    cv2.imwrite(str(folder / "twelve.tif"), np.stack([deep * 0, deep, deep * 0], -1))
+    (index, other) = predict_folder(
+        predict, folder, tmp_path / "out", palette=PALETTE, class_names=NAMES, image_bits=12
+    )
+    assert index == tmp_path / "out/deep/turned.png"
+    np.testing.assert_array_equal(read(index)[0], np.rot90(classes, -1))
+    np.testing.assert_array_equal(read(other)[0], np.ones_like(classes))
+    assert "1 images were turned upright" in caplog.text
+    assert "passed over 1 .gif" in caplog.text

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax.data import codec, files
-from csc_jax.data.example import Listing, Pair, check_splits, label_ids
+from csc_jax.data.example import Listing, Notes, Pair, check_splits, label_ids
 from csc_jax.data.pascal_voc import colormap
 from csc_jax.data.transforms import IGNORE
 from csc_jax.errors import UserError
@@ -65,13 +65,13 @@ def find(config: ConfigDict) -> Listing:
     if coding == "auto":
         ends = [label for listed in found.values() for _, label in listed[:_LOOKED_AT]]
         coding = _coding(ends, root) if ends else "official"
-    table = _LABEL_IDS[coding]
+    table, notes = _LABEL_IDS[coding], Notes()
     splits = {
-        split: [Pair(label.stem, image, label, table) for image, label in listed]
+        split: [Pair(label.stem, image, label, table, notes=notes) for image, label in listed]
         for split, listed in found.items()
     }
     check_splits(splits, config.root, "images/{training,validation}/*.jpg")
-    return Listing(CLASS_NAMES, PALETTE, splits)
+    return Listing(CLASS_NAMES, PALETTE, splits, notes)
 
 
 def _files(root: Path, split: str) -> list[tuple[files.File, Path]]:

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from ml_collections import ConfigDict
 
 from csc_jax.data import files
-from csc_jax.data.example import Listing, Pair, check_splits, label_ids
+from csc_jax.data.example import Listing, Notes, Pair, check_splits, label_ids
 from csc_jax.data.pascal_voc import colormap
 from csc_jax.data.transforms import IGNORE
 
@@ -41,7 +41,7 @@ def find(config: ConfigDict) -> Listing:
       UserError: if `data.root` or the images of a split are missing.
     """
     root = files.existing_root(config.root, "train2017/, val2017/ and masks/ of COCO 2017")
-    masks = files.find(root, "masks/*.png", ())
+    masks, notes = files.find(root, "masks/*.png", ()), Notes()
 
     def pairs(split: str) -> list[Pair]:
         listed = []
@@ -50,9 +50,9 @@ def find(config: ConfigDict) -> Listing:
             mask = f"masks/{stem}.png"
             # Preparing names a val image whose mask is missing, with all other bad files.
             absent = root / mask if split == "val" else None
-            listed.append(Pair(stem, image, masks.get(mask, absent), _LABEL_IDS))
+            listed.append(Pair(stem, image, masks.get(mask, absent), _LABEL_IDS, notes=notes))
         return listed
 
     splits = {split: pairs(split) for split in ("train", "val")}
     check_splits(splits, config.root, "{train,val}2017/*.jpg with masks/*.png")
-    return Listing(CLASS_NAMES, PALETTE, splits)
+    return Listing(CLASS_NAMES, PALETTE, splits, notes)

@@ -188,7 +188,7 @@ def _meaning(text: str, classes: ClassList, path: Path) -> LabelIds:
         ids,
         colors=colors,
         palette=classes.colors,
-        equal_channels=not classes.colors,
+        equal_channels=not classes.colors or bool(text),
         mapped=bool(text),
         unclear="" if text else classes.unclear,
         source=str(path),

@@ -17,8 +17,8 @@ _SUFFIXES = "|".join(re.escape(suffix) for suffix in files.IMAGE_SUFFIXES)
 _FIRST_PATH = re.compile(rf"(.+?(?:{_SUFFIXES}))(?:[\s,;|].*)?", re.IGNORECASE)
 _END = re.compile(rf"(_leftImg8bit)?({_SUFFIXES})?$", re.IGNORECASE)  # Cityscapes' and any
 _ROOTS = ("images", "leftimg8bit", "jpegimages")  # what data sets keep their images in
-_TRAIN = re.compile(r"train(ing)?", re.IGNORECASE)
-_OTHER_SPLIT = re.compile(r"train_extra|val(id(ation)?)?|test(ing)?", re.IGNORECASE)
+_TRAIN = re.compile(r"train(ing)?([-_]?\d{4})?", re.IGNORECASE)
+_OTHER_SPLIT = re.compile(r"train_extra|(val(id(ation)?)?|test(ing)?)([-_]?\d{4})?", re.IGNORECASE)
 
 _Name = tuple[str, ...]  # parts of a path below the folder of the images, without suffix
 

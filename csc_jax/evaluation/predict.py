@@ -1,19 +1,17 @@
 """`--mode=predict`: overlays and index PNGs of anyone's images."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from csc_jax import data, evaluation
-from csc_jax.data import codec
+from csc_jax import evaluation
+from csc_jax.data import codec, files
 from csc_jax.errors import UserError
 from csc_jax.reporting import visualize
 
 log = logging.getLogger("csc_jax")
-
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def predict_folder(
@@ -23,6 +21,7 @@ def predict_folder(
     *,
     palette: np.ndarray,
     class_names: Sequence[str],
+    image_bits: int = 0,
 ) -> list[Path]:
     """Writes `NAME.png` and `NAME_overlay.png` for each image, in the sub-folder that it is in.
 
@@ -31,11 +30,12 @@ def predict_folder(
 
     Args:
       predict: image (H, W, 3) uint8 RGB of any size -> class ids (H, W) uint8.
-      images: one .jpg, .jpeg or .png, or a folder of them, which is searched with its sub-folders.
+      images: one image, or a folder of them, which is searched with its sub-folders (`files.walk`).
       out: folder to write to; made where it is missing. Where it lies in `images`, what is in it is
         no input.
       palette: (C, 3) uint8 RGB.
       class_names: C names, for the legend.
+      image_bits: `data.image_bits`.
 
     Returns:
       The index PNGs written.
@@ -54,13 +54,16 @@ def predict_folder(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out} cannot be made: {error}. Choose another folder.") from error
-    written, unreadable = [], []
+    written, unreadable, turned = list[Path](), list[str](), list[str]()
     for name, path in found.items():
         try:
-            image = data.read_image(path)
+            photo = codec.read_photo(path, image_bits)
         except UserError as error:
             unreadable.append(f"{name} ({error})")
             continue
+        image = photo.pixels
+        if photo.turned:
+            turned.append(name)
         classes = predict(image)
         index, overlay = (out / output for output in _outputs(name))
         _write(index, evaluation.encode_with_palette(classes, palette))
@@ -68,6 +71,12 @@ def predict_folder(
         _write(overlay, codec.encode_png(visualize.with_legend(blend, palette, class_names)))
         written.append(index)
     log.info("%d of %d images written to %s", len(written), len(found), out)
+    if turned:
+        log.warning(
+            "%d images were turned upright, as their EXIF orientation says (the first is %s); the "
+            "masks belong to the images as they are shown",
+            *(len(turned), turned[0]),
+        )
     if unreadable:
         raise UserError(
             f"{len(unreadable)} of {len(found)} images under {images} could not be read: "
@@ -79,15 +88,25 @@ def predict_folder(
 def _find(images: Path, out: Path) -> dict[str, Path]:
     """Returns the images to predict, by their path below `images`, each with outputs of its own."""
     if images.is_file():
-        found = {images.name: images}
+        found, others = {images.name: images}, ""
     elif images.is_dir():
-        found = {path.relative_to(images).as_posix(): path for path in _walk(images, out.resolve())}
+        walk = files.walk(images, files.IMAGE_SUFFIXES, "--images")
+        own, others = out.resolve(), walk.passed_over()
+        inside = own != images.resolve()
+        found = {
+            name: path
+            for name, path in walk.found.items()
+            if not (inside and path.parent.resolve().is_relative_to(own))
+        }
     else:
         raise UserError(f"--images={images} does not exist. Give an image or a folder of images.")
     if not found:
         raise UserError(
-            f"--images={images} holds no image ({', '.join(_SUFFIXES)}). Give another folder."
+            f"--images={images} holds no image ({', '.join(files.IMAGE_SUFFIXES)}){others}. Give "
+            "another folder."
         )
+    if others:
+        log.warning("--images=%s: %d images%s", images, len(found), others)
     if out.resolve() == (images if images.is_dir() else images.parent).resolve():
         raise UserError(
             f"--out={out} is the folder of the images, which could be overwritten. Choose another "
@@ -103,18 +122,6 @@ def _find(images: Path, out: Path) -> dict[str, Path]:
                     f"written to one file, {output}. Rename one of them."
                 )
     return found
-
-
-def _walk(folder: Path, out: Path) -> Iterator[Path]:
-    """Yields the images below a folder in name order, but for those in `out` and hidden ones."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            if path.resolve() != out:
-                yield from _walk(path, out)
-        elif path.suffix.lower() in _SUFFIXES:
-            yield path
 
 
 def _outputs(name: str) -> tuple[str, str]:
