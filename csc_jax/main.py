@@ -219,7 +219,7 @@ def dispatch(config: ConfigDict) -> None:
             _path(_OUT),
             palette=experiment.palette,
             class_names=experiment.class_names,
-            image_bits=config.data.image_bits,
+            bits=config.data.image_bits,
         )
 
 

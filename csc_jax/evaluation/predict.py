@@ -21,7 +21,7 @@ def predict_folder(
     *,
     palette: np.ndarray,
     class_names: Sequence[str],
-    image_bits: int = 0,
+    bits: int = 0,
 ) -> list[Path]:
     """Writes `NAME.png` and `NAME_overlay.png` for each image, in the sub-folder that it is in.
 
@@ -35,7 +35,7 @@ def predict_folder(
         no input.
       palette: (C, 3) uint8 RGB.
       class_names: C names, for the legend.
-      image_bits: `data.image_bits`.
+      bits: `data.image_bits`.
 
     Returns:
       The index PNGs written.
@@ -44,12 +44,7 @@ def predict_folder(
       UserError: nothing to read, no place to write, or unreadable images. These are named when all
         the others are done.
     """
-    try:
-        found = _find(images, out)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
-        raise UserError(
-            f"--images={images} cannot be read: {error}. Grant access to it, or choose another."
-        ) from error
+    found = _find(images, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,7 +52,7 @@ def predict_folder(
     written, unreadable, turned = list[Path](), list[str](), list[str]()
     for name, path in found.items():
         try:
-            photo = codec.read_photo(path, image_bits)
+            photo = codec.read_photo(path, bits)
         except UserError as error:
             unreadable.append(f"{name} ({error})")
             continue
@@ -87,31 +82,33 @@ def predict_folder(
 
 def _find(images: Path, out: Path) -> dict[str, Path]:
     """Returns the images to predict, by their path below `images`, each with outputs of its own."""
-    if images.is_file():
-        found, others = {images.name: images}, ""
-    elif images.is_dir():
-        walk = files.walk(images, files.IMAGE_SUFFIXES, "--images")
-        own, others = out.resolve(), walk.passed_over()
-        inside = own != images.resolve()
-        found = {
-            name: path
-            for name, path in walk.found.items()
-            if not (inside and path.parent.resolve().is_relative_to(own))
-        }
+    passed_over = ""
+    if files.is_file(images, "--images"):
+        found, folder = {images.name: images}, images.parent
+    elif files.is_folder(images, "--images"):
+        walk, folder = files.walk(images, files.IMAGE_SUFFIXES, "--images"), images
+        found, passed_over = walk.found, walk.passed_over()
     else:
         raise UserError(f"--images={images} does not exist. Give an image or a folder of images.")
-    if not found:
-        raise UserError(
-            f"--images={images} holds no image ({', '.join(files.IMAGE_SUFFIXES)}){others}. Give "
-            "another folder."
-        )
-    if others:
-        log.warning("--images=%s: %d images%s", images, len(found), others)
-    if out.resolve() == (images if images.is_dir() else images.parent).resolve():
+    try:
+        target, source = out.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+        raise UserError(f"--out={out} cannot be used: {error}. Choose another folder.") from error
+    if target == source:
         raise UserError(
             f"--out={out} is the folder of the images, which could be overwritten. Choose another "
             "folder."
         )
+    if target.is_relative_to(source):
+        own = f"{target.relative_to(source).as_posix()}/"
+        found = {name: path for name, path in found.items() if not name.startswith(own)}
+    if not found:
+        raise UserError(
+            f"--images={images} holds no image ({', '.join(files.IMAGE_SUFFIXES)}){passed_over}. "
+            "Give another folder."
+        )
+    if passed_over:
+        log.warning("--images=%s: %d images%s", images, len(found), passed_over)
     names: dict[str, str] = {}
     for name in found:
         for output in _outputs(name):
