@@ -3,21 +3,23 @@
 Command:    python scripts/fuzz.py [--examples=6000] [--seed=0]
 Run time:   RUNTIME
 
-Split lists, lists of Pascal VOC, class lists, values of labels, label files, colour masks, images
-and annotation files, made by hypothesis: arbitrary bytes, and well-formed files with their parts
-exchanged, repeated, cut off or turned. A crash is shown with
-the smallest input that causes it, and one seed makes the same inputs again. Exit status 0 if there
-was none.
+Split lists, lists of Pascal VOC, class lists, values of labels, label files, colour masks, images,
+annotation files and files of weights, made by hypothesis: arbitrary bytes, and well-formed files
+with their parts exchanged, repeated, cut off or turned. A crash is shown with the smallest input
+that causes it, and one seed makes the same inputs again. Exit status 0 if there was none.
 """
 
 import argparse
 import io
 import json
+import pickle
+import pickletools
 import shutil
 import struct
 import sys
 import tempfile
 import time
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,7 @@ from csc_jax import config as config_lib
 from csc_jax import data
 from csc_jax.data import class_list, codec, example, folder, pascal_voc
 from csc_jax.errors import UserError
+from csc_jax.models import weight_files
 
 Reader = Callable[[Path, bytes], None]
 
@@ -199,6 +202,15 @@ def read_annotations(scratch: Path, content: bytes) -> None:
         assert [p.name for p in inside.iterdir()] in ([], ["out"])
         if (inside / "out").exists():
             assert {p.name for p in (inside / "out").iterdir()} <= {"labels", "classes.txt"}
+
+
+def read_weight_file(scratch: Path, content: bytes) -> None:
+    """A file of weights; one with a header of JSON is a .safetensors."""
+    path = scratch / ("a.safetensors" if content[8:9] == b"{" else "a.pth")
+    path.write_bytes(content)
+    for name, array in weight_files.read_weights(path).items():
+        assert isinstance(name, str)
+        float(np.asarray(array, np.float32).sum())
 
 
 # ---- Inputs --------------------------------------------------------------------------------------
@@ -467,6 +479,82 @@ _VALUES = st.one_of(
     st.text(max_size=20),
 ).map(lambda value: value.encode(errors="surrogatepass"))
 
+
+_PLAIN = st.one_of(
+    st.integers(0, 9), st.integers(), st.sampled_from([2**31, 2**63, 2**64, -1]), st.none(),
+    st.text(max_size=4), st.lists(st.integers(0, 9), max_size=3).map(tuple),
+).map(lambda value: pickle.dumps(value, 2)[2:-1])  # fmt: skip
+_STORAGE = st.builds(
+    lambda kind, key, length: (
+        b"(" + pickle.dumps("storage", 2)[2:-1] + f"ctorch\n{kind}Storage\n".encode()
+        + pickle.dumps(key, 2)[2:-1] + pickle.dumps("cpu", 2)[2:-1] + length + b"tQ"
+    ),
+    st.sampled_from(["Float", "Float", "Byte", "BFloat16", "ComplexFloat"]),
+    st.sampled_from(["0", "0", "0", "1", 0]),
+    st.one_of(st.just(b"K\x06"), _PLAIN),
+)  # fmt: skip
+_REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n("
+_VIEWS = (  # of offset, sizes and strides that a storage of 6 numbers has
+    b"K\x00K\x02K\x03\x86K\x03K\x01\x86",
+    b"K\x05))",
+    b"K\x00K\x06\x85K\x01\x85",
+)
+_GOOD_TENSOR = st.sampled_from(_VIEWS).map(
+    lambda view: (
+        _REBUILD + b"(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x06tQ" + view + b"tR"
+    )
+)
+_TENSOR = st.builds(
+    lambda storage, view: _REBUILD + storage + view + b"tR",
+    st.one_of(_STORAGE, _PLAIN),
+    st.one_of(st.sampled_from(_VIEWS), st.tuples(_PLAIN, _PLAIN, _PLAIN).map(b"".join)),
+)
+_OPCODES = st.sampled_from([opcode.code.encode("latin-1") for opcode in pickletools.opcodes])
+_PROGRAM = st.one_of(
+    st.lists(_GOOD_TENSOR, min_size=1, max_size=3).map(
+        lambda tensors: b"}(" + b"".join(b"U\x01" + b"%d" % i + t for i, t in enumerate(tensors))
+        + b"u"
+    ),
+    st.dictionaries(st.sampled_from(["a", "b", 3]), st.one_of(_TENSOR, _TENSOR, _PLAIN)).map(
+        lambda entries: b"}(" + b"".join(pickle.dumps(k, 2)[2:-1] + v for k, v in entries.items())
+        + b"u"
+    ),
+    st.lists(st.one_of(_PLAIN, _TENSOR, _OPCODES, st.binary(max_size=5)), max_size=9).map(b"".join),
+)  # fmt: skip
+_PICKLES = _PROGRAM.map(lambda content: b"\x80\x02" + content + b".")
+_NUMBERS_STORED = np.arange(6, dtype=np.float32).tobytes()
+
+
+@st.composite
+def _weight_files(draw: Any) -> bytes:
+    """Both formats of torch.save and safetensors, with a program or a header of any kind."""
+    kind = draw(st.sampled_from(["zip", "zip", "deflated", "legacy", "legacy", "safetensors"]))
+    if kind == "safetensors":
+        sizes = st.lists(st.one_of(st.integers(0, 24), _NUMBERS), max_size=3)
+        entry = st.fixed_dictionaries(
+            {
+                "dtype": st.sampled_from(["F32", "BF16", "F8_E4M3", "F4", "I64", 3]),
+                "shape": st.one_of(st.just([2, 3]), sizes),
+                "data_offsets": st.one_of(st.just([0, 24]), sizes),
+            }
+        )
+        names = st.sampled_from(["a", "b", "__metadata__"])
+        header = json.dumps(draw(st.dictionaries(names, st.one_of(entry, entry, _JSON)))).encode()
+        return struct.pack("<Q", len(header)) + header + _NUMBERS_STORED
+    program = draw(st.one_of(_PICKLES, _PICKLES, _mutated(_PICKLES)))
+    if kind == "legacy":
+        start = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        length = draw(st.sampled_from([6, 6, 6, -1, 2**60]))
+        end = pickle.dumps(["0"], 2) + struct.pack("<q", length) + _NUMBERS_STORED
+        return b"".join(pickle.dumps(value, 2) for value in start) + program + end
+    stream = io.BytesIO()
+    compression = zipfile.ZIP_DEFLATED if kind == "deflated" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/data/0", _NUMBERS_STORED)
+    return stream.getvalue()
+
+
 _ANYTHING = st.binary(max_size=200)
 _IMAGE_FILES = st.one_of(
     *(_LABEL_FILES, _mutated(_LABEL_FILES), _pngs(), _mutated(_pngs()), _ANYTHING)
@@ -487,6 +575,10 @@ READERS: dict[str, tuple[Reader, st.SearchStrategy[bytes]]] = {
     "annotations": (
         read_annotations,
         st.one_of(_ANNOTATIONS, _ANNOTATIONS, _mutated(_ANNOTATIONS), _ANYTHING),
+    ),
+    "weights": (
+        read_weight_file,
+        st.one_of(_weight_files(), _weight_files(), _mutated(_weight_files()), _ANYTHING),
     ),
 }
 
