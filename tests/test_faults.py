@@ -1,6 +1,7 @@
 """Disks that are full or read-only, files that are damaged, a clock that jumps: nothing is lost."""
 
 import contextlib
+import gc
 import itertools
 import os
 import shutil
@@ -104,6 +105,72 @@ def test_a_read_only_checkpoint_directory_is_told_at_the_start(shared_folder):
     (shared_folder / "checkpoints").chmod(0o555)
     with as_usual_user(), pytest.raises(UserError, match=r"kept in .*Permission denied"):
         Checkpointer(shared_folder)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_told(shared_folder):
+    workdir = shared_folder / "run"
+    (workdir / "checkpoints").mkdir(parents=True)
+    workdir.chmod(0)
+    for read_only, use in ((True, "read from"), (False, "kept in")):
+        with as_usual_user(), pytest.raises(UserError, match=rf"{use} .*Permission denied"):
+            Checkpointer(workdir, read_only=read_only)
+
+
+@pytest.mark.parametrize(
+    "name", ["run[lr=0.1]", "run[", "a]b", r"back\slash", "all*", "one?", "[!a]"]
+)
+def test_a_name_that_looks_like_a_pattern_is_a_name(tmp_path, experiment, name):
+    state = experiment.compile_init()()
+    with Checkpointer(tmp_path / name) as checkpointer:
+        checkpointer.save(1, state, {"iterator": 1}, {"a": 1}, 0.5)
+        checkpointer.save(2, state, {"iterator": 2}, {"a": 1}, None)
+    assert (tmp_path / name / "checkpoints/2").is_dir()
+    with Checkpointer(tmp_path / name) as checkpointer:
+        assert checkpointer.describe() == {"a": 1}
+        assert checkpointer.restore(experiment.abstract_state()).loop == {"iterator": 2}
+        assert checkpointer.restore(experiment.abstract_state(), "best").loop == {"iterator": 1}
+    assert not (tmp_path / name / "damaged_checkpoints").exists()
+
+
+def test_a_link_for_such_a_name_does_not_stay(tmp_path, experiment, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    checkpointer = Checkpointer(tmp_path / "a[b]")
+    assert len(list((tmp_path / "tmp").iterdir())) == 1
+    checkpointer.close()
+    del checkpointer
+    gc.collect()
+    assert not list((tmp_path / "tmp").iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp*"))
+    with pytest.raises(UserError, match=r"has one of the characters \[ \] \* \? .*--workdir"):
+        Checkpointer(tmp_path / "a[b]")
+
+
+def test_the_first_checkpoint_is_read_back_at_once(tmp_path, experiment, monkeypatch):
+    state = experiment.compile_init()()
+    checked = []
+    read_back = Checkpointer._read_back
+    monkeypatch.setattr(
+        Checkpointer, "_read_back", lambda *a: checked.append(a[1]) or read_back(*a)
+    )
+    with Checkpointer(tmp_path / "good") as checkpointer:
+        checkpointer.save(1, state, {}, {"a": (1, 2)}, None)
+        assert (tmp_path / "good/checkpoints/1").is_dir()  # not only begun
+        checkpointer.save(2, state, {}, {"a": (1, 2)}, None)
+    assert checked == [1]
+
+    monkeypatch.setattr(Checkpointer, "_plain_name", lambda self, directory: directory)
+    with (
+        Checkpointer(tmp_path / "bad[1]") as checkpointer,  # which Orbax takes for a pattern
+        pytest.raises(UserError, match=r"checkpoints/1 was written, but cannot be read back"),
+    ):
+        checkpointer.save(1, state, {}, {"a": 1}, None)
+    monkeypatch.setattr(Checkpointer, "describe", lambda *_: {"a": 2})
+    with (
+        Checkpointer(tmp_path / "other") as checkpointer,
+        pytest.raises(UserError, match=r"checkpoints/1 was written, but holds something else"),
+    ):
+        checkpointer.save(1, state, {}, {"a": 1}, None)
 
 
 def test_a_directory_that_becomes_read_only_costs_no_checkpoint(shared_folder, experiment):
