@@ -1,6 +1,8 @@
 """Transforms and batches: geometry, order, seeds, resuming, processes."""
 
 import pickle
+import types
+from pathlib import Path
 
 import cv2
 import jax
@@ -421,3 +423,19 @@ def test_evaluation_batches_hold_one_size(tmp_path):
         ((10, 40), 2),
         (SIZE, 1),
     ]
+
+
+def test_workers_are_refused_where_shared_memory_is_too_small(loaded, monkeypatch):
+    config, dataset, lists = changed(loaded[0], workers=2), *loaded[1:]
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    images = config.batch.labeled + config.batch.unlabeled
+    free = 2 * 4 * images * 16 * 16 * 5 - 1  # bytes of image, label and `inside`
+    monkeypatch.setattr(pipeline, "_SHARED_MEMORY", Path("/"))
+    with pytest.raises(
+        UserError, match=r"data\.workers is 2, .* 1 MB left.*--shm-size=1m.*data\.workers=0"
+    ):
+        data.train_iterator(config, dataset, lists)
+    free += 1
+    pipeline._check_shared_memory(config, 1)
+    free //= 2
+    pipeline._check_shared_memory(config, 2)  # each process has half of a batch

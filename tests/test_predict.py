@@ -258,10 +258,45 @@ def test_images_are_found_and_read_as_in_training(predict, folder, tmp_path, cap
     deep = np.uint16(16) * brightest[..., 1].astype(np.uint16)  # 12 bits, green alone
     cv2.imwrite(str(folder / "twelve.tif"), np.stack([deep * 0, deep, deep * 0], -1))
     (index, other) = predict_folder(
-        predict, folder, tmp_path / "out", palette=PALETTE, class_names=NAMES, image_bits=12
+        predict, folder, tmp_path / "out", palette=PALETTE, class_names=NAMES, bits=12
     )
     assert index == tmp_path / "out/deep/turned.png"
     np.testing.assert_array_equal(read(index)[0], np.rot90(classes, -1))
     np.testing.assert_array_equal(read(other)[0], np.ones_like(classes))
     assert "1 images were turned upright" in caplog.text
     assert "passed over 1 .gif" in caplog.text
+
+
+def test_sub_folders_are_searched_and_kept(predict, folder, tmp_path):
+    names = ("a.png", "day/a.png", "day/deep/b.png", "night/a.png")
+    for name in (*names, ".hidden/a.png", "day/._a.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save(folder / name, np.zeros((8, 8), int))
+    out = tmp_path / "out"
+    written = run(predict, folder, out)
+    assert [path.relative_to(out).as_posix() for path in written] == sorted(names)
+    assert (out / "day/deep/b_overlay.png").is_file()
+    # What lies in the folder of the images is no input of the next call.
+    inside = folder / "predictions"
+    assert len(run(predict, folder, inside)) == 4
+    assert len(run(predict, folder, inside)) == 4
+    (folder / "predictions 2").mkdir()
+    save(folder / "predictions 2/c.png", np.zeros((8, 8), int))
+    assert len(run(predict, folder, inside)) == 5
+
+
+def test_images_turned_by_exif_are_counted(predict, folder, tmp_path, caplog):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn to the right shows it upright
+    with Image.fromarray(np.full((8, 16, 3), 90, np.uint8)) as image:
+        image.save(folder / "a.jpg", exif=exif)
+    (index,) = run(predict, folder, tmp_path / "out")
+    assert read(index)[0].shape == (16, 8)
+    assert "1 images were turned upright" in caplog.text
+
+
+def test_a_link_to_itself_is_named(predict, folder, tmp_path):
+    save(folder / "a.png", np.zeros((8, 8), int))
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(UserError, match=r"--out=.*out cannot be"):
+        run(predict, folder, tmp_path / "out")

@@ -189,3 +189,30 @@ def test_an_image_without_labels_is_neither_best_nor_worst():
         extremes(name, np.zeros((2, 2), np.uint8), miou)
     assert [name for _, name, _ in extremes.worst] == ["c", "a"]
     assert [name for _, name, _ in extremes.best] == ["d", "a"]
+
+
+def test_reports_of_other_settings_stay_side_by_side(run):
+    """Other windows, flips beside scales, and other sizes of the images."""
+    config, workdir, _ = run
+    out = workdir / "evaluation"
+
+    def names():
+        return {path.name for path in out.glob("*.json")}
+
+    def read(name):
+        return json.loads((out / name).read_text())
+
+    score(changed(config, panels=0, flip=True), workdir, "latest")
+    score(changed(config, panels=0, flip=True), workdir, "latest")
+    before = names()
+    assert f"val_student_{STEP}_whole_tta.json" in before
+    score(changed(config, panels=0, scales=(1.0, 0.5)), workdir, "latest")
+    assert names() - before == {f"val_student_{STEP}_whole_tta_2.json"}
+    assert read(f"val_student_{STEP}_whole_tta.json")["config"]["eval.flip"] is True
+    assert read(f"val_student_{STEP}_whole_tta_2.json")["config"]["eval.scales"] == [1.0, 0.5]
+    resized = changed(config, panels=0)
+    resized.data.image_size = (16, 24)
+    score(resized, workdir, "latest")
+    report = read(f"val_student_{STEP}_whole_16x24.json")
+    assert report["config"]["data.image_size"] == [16, 24]
+    assert report["pixels"] <= 16 * 24 * report["images"]

@@ -274,3 +274,26 @@ def test_drawing_needs_neither_display_nor_pyplot(tmp_path):
     environment = {"MPLCONFIGDIR": str(tmp_path), "PATH": ""}  # neither DISPLAY nor MPLBACKEND
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert read(tmp_path / "c.png") is not None
+
+
+HOSTILE_NAMES = ("<b>ä</b> & $x$", "空", "שלום", "مرحبا", "a\x1b[31m\n", "x" * 500, "🙂", "_y")
+
+
+def test_names_that_cannot_be_drawn_give_way_to_ids():
+    assert visualize._labels(HOSTILE_NAMES) == (
+        *("<b>ä</b> & $x$", "class 1", "class 2", "class 3", "class 4", "class 5", "class 6", "_y"),
+    )
+
+
+def test_pictures_take_any_name(tmp_path):
+    """Warnings of missing glyphs are errors here."""
+    palette = np.arange(24, dtype=np.uint8).reshape(8, 3)
+    picture = np.zeros((20, 30, 3), np.uint8)
+    legend = visualize.with_legend(picture, palette, HOSTILE_NAMES)
+    plain = visualize.with_legend(picture, palette, ("<b>ä</b> & $x$", *["class 1"] * 6, "_y"))
+    assert legend.shape == plain.shape
+    path = tmp_path / "a.png"
+    visualize.save_panel(path, {"空": [picture]}, palette, HOSTILE_NAMES, "標題\n$", ["a\x1b空"])
+    series = {"空 $x": [1.0] * 8}
+    visualize.save_bars(path, series, HOSTILE_NAMES, "bars")
+    visualize.save_lines(path, {"空 $x$ $": ([1, 2], [1.0, 2.0])}, "lines")

@@ -203,3 +203,19 @@ def test_a_terminal_gets_a_bar_and_messages_above_it(monkeypatch):
     assert "loss 1.234" in last
     assert "mIoU 43.20%" in last
     assert "85.3 images/s" in last
+
+
+def test_a_score_says_of_how_many_classes_it_is(capsys):
+    progress = Progress(600)
+    progress.evaluated(100, 1.0, occurring="1 of 2 classes")
+    progress.evaluated(200, float("nan"), "center_crop", "0 of 2 classes")
+    assert capsys.readouterr().out.splitlines() == [
+        "step 100/600  mIoU 100.00% (1 of 2 classes)",
+        "step 200/600  mIoU (center_crop) - (0 of 2 classes)",
+    ]
+
+
+def test_lines_that_are_no_records_are_left_out(tmp_path):
+    lines = ["3", '"a"', "[1]", '{"loss": 1}', '{"step": "x"}', '{"step": 1, "a": 2}', "nan", ""]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_metrics(tmp_path) == [{"step": 1, "a": 2}]

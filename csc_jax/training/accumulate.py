@@ -36,11 +36,11 @@ def accumulated(
     )
 
     def part(
-        total: dict[str, Any], given: tuple[dict[str, Any], Batch, Array]
+        total: dict[str, Any], given: tuple[Array, Batch]
     ) -> tuple[dict[str, Any], tuple[Array, LossOutputs]]:
-        key, part_of_batch = given
+        part_key, images = given
         now = state.with_trained(state.trained, total["batch_stats"])
-        (loss, outputs), gradients = grad(state.trained, now, part_of_batch, key)
+        (loss, outputs), gradients = grad(state.trained, now, images, part_key)
         summed = jax.tree.map(jnp.add, total["gradients"], gradients)
         carried = {"gradients": summed, "batch_stats": outputs.batch_stats}
         return carried, (loss, outputs.replace(batch_stats={}))
