@@ -78,6 +78,7 @@ def test_configs_survive_json():
     [
         ("data.labeled_fraction", "1/3", r"takes one of '1/2'"),
         ("contrast.temperature", 0.0, r"contrast.temperature is 0\.0"),
+        ("contrast.max_keys", -1, r"contrast\.max_keys is -1"),
         ("data.crop_size", (64,), "takes 2 numbers"),
         ("train.steps", 0, "both 0; one of them must be above 0"),
         ("method.unimatch_view.cutmix_area", (0.4, 0.02), "lowest and the highest value"),

@@ -1,5 +1,7 @@
 """The contrastive loss against recorded numbers and a slow version in NumPy."""
 
+import functools
+import math
 import types
 
 import jax
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from csc_jax import contrast
 from csc_jax.contrast import devices, streaming
+from csc_jax.contrast.loss import key_places
 
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("platform")
@@ -50,13 +53,13 @@ def test_loss_and_gradient_equal_the_recorded_ones(golden, case):
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def slow_loss(queries, labels, valid, bank_features, bank_counts, temperature, top_n):
-    """Eq. 5 and 6 as they are written, one query at a time."""
-    losses = []
+def slow_loss(queries, labels, valid, bank_features, bank_counts, temperature, top_n, places=None):
+    """Eq. 5 and 6 as they are written, one query at a time; `places` are the keys, None = all."""
+    losses, places = [], range(len(queries)) if places is None else places
     for i in range(len(queries)):
         if not valid[i]:
             continue
-        keys = [(queries[j], labels[j]) for j in range(len(queries)) if valid[j] and j != i]
+        keys = [(queries[j], labels[j]) for j in places if valid[j] and j != i]
         for c, count in enumerate(bank_counts):
             keys += [(entry, c) for entry in bank_features[c, :count]]
         positives = sorted((queries[i] @ k / temperature for k, c in keys if c == labels[i]))[::-1]
@@ -89,7 +92,7 @@ def blocks(request, monkeypatch):
         lambda *arguments, **constants: jax.value_and_grad(contrast.contrastive_loss)(
             *arguments, **constants
         ),
-        static_argnames=("temperature", "top_n"),
+        static_argnames=("temperature", "top_n", "max_keys"),
     )
 
 
@@ -154,6 +157,63 @@ def test_loss_and_gradient_equal_the_slow_ones(
     if not duplicates:  # where two keys tie, the loss has no derivative
         numeric = slow_gradient(queries.astype(np.float64), valid, expected)
         np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("top_n", "counts"),
+    [(None, [5, 6, 4]), (1, [6, 1, 0]), (3, [5, 6, 4]), (None, None), (1, None)],
+)
+def test_with_bounded_keys_it_is_the_loss_over_these_keys(blocks, top_n, counts):
+    rng = np.random.default_rng([3, 1])  # not the numbers that fill the bank
+    queries, labels = unit(rng.normal(size=(13, 5))), rng.integers(0, 3, 13)
+    valid = rng.permutation(np.arange(13) < 11)
+    bank = None if counts is None else random_bank(3, counts, size=6, dim=5)
+    entries = np.zeros((0, 1, 5)) if bank is None else np.asarray(bank.features, np.float64)
+    places = key_places(13, 7)
+
+    def expected(queries, places=places):
+        return slow_loss(queries, labels, valid, entries, counts or [], 0.2, top_n, places)
+
+    loss, gradient = blocks(
+        jnp.asarray(queries, jnp.float32),
+        labels,
+        valid,
+        bank,
+        temperature=0.2,
+        top_n=top_n,
+        max_keys=7,
+    )
+    np.testing.assert_allclose(loss, expected(queries), rtol=1e-5)
+    assert abs(loss - expected(queries, None)) > 1e-3
+    numeric = slow_gradient(queries, valid, expected)
+    np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_keys", [16, 17])
+def test_a_bound_that_no_batch_reaches_changes_nothing(max_keys):
+    queries, labels, valid = jnp.ones((16, 4)), jnp.arange(16) % 3, jnp.ones(16, bool)
+
+    def program(**bound):
+        loss = jax.value_and_grad(functools.partial(contrast.contrastive_loss, top_n=1, **bound))
+        return jax.jit(loss).lower(queries, labels, valid, random_bank(0, [2, 3], 3, 4)).as_text()
+
+    assert program(max_keys=max_keys) == program(max_keys=0) == program()
+    assert program(max_keys=15) != program()
+
+
+@pytest.mark.parametrize("keys", [152, 760, 800, 1900, 3000, 3800])
+def test_keys_come_from_all_images_classes_and_slots_alike(keys):
+    """Also where the slots of a class are a multiple of the stretch that has one key."""
+    shape = images, classes, _ = 4, 19, 50
+    places = key_places(math.prod(shape), keys)
+    assert len(places) == keys
+    assert np.all(np.diff(places) > 0)
+    image, c, slot = np.unravel_index(places, shape)
+    # Of each image and class, and of the hard and the easy half of the slots.
+    for x, number in ((image, images), (c, classes), (slot // 25, 2), (slot // 10, 5)):
+        share = np.bincount(x, minlength=number) / keys * number
+        assert 0.9 < share.min() <= share.max() < 1.1, share
+    np.testing.assert_array_equal(key_places(9, 9), np.arange(9))
 
 
 @settings(max_examples=20)
@@ -227,6 +287,7 @@ def test_ignored_labels_take_no_part(top_n):
     [
         ({"temperature": 0.0}, "temperature"),
         ({"top_n": 0}, "top_n"),
+        ({"max_keys": -1}, "max_keys"),
         ({"bank": contrast.init_memory_bank(2, 3, 5)}, "width 5"),
     ],
 )

@@ -109,6 +109,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "contrast.weight": (0, math.inf),
     "contrast.start": (0, math.inf),
     "contrast.top_n": (0, math.inf),
+    "contrast.max_keys": (0, math.inf),
     "contrast.bank_size": (1, math.inf),
     "contrast.pixels_per_class": (1, math.inf),
     "contrast.update_every": (1, math.inf),

@@ -200,6 +200,11 @@ def default_config() -> ConfigDict:
     )
     c.contrast.memory_bank = True  # Tables I, II; False = L_p over the mini-batch (Eq. 5)
     c.contrast.top_n = 1  # N of Eq. 6b (decisions.md 18); 0 = all positives
+    # Queries of a half that are keys of its loss, evenly spaced; 0 = all, as in the paper. Time and
+    # memory of the loss then grow with the batch and no longer with its square. Eq. 5 and 6 hold
+    # over these keys and the bank: the sums over negatives have fewer terms, so the loss is lower,
+    # and with top_n = 1 the nearest of fewer positives is less near (docs/scaling.md).
+    c.contrast.max_keys = 0
     c.contrast.consistency = True  # Eq. 8 on the bank before each enqueue
     c.contrast.consistency_gate = "strict"  # strict | range | off (decisions.md 4)
     c.contrast.enqueue_gate = "range"  # strict | range | off (decisions.md 4)

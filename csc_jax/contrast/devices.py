@@ -4,6 +4,7 @@ They are those of the mesh in force: that of `jax.set_mesh` around the call of a
 of `jax.sharding.use_abstract_mesh` within it. Without one they are as this host's first.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,12 @@ class Peers(NamedTuple):
 
     axes: tuple[str, ...]  # of the mesh; () = this device has all rows
 
+    @property
+    def number(self) -> int:
+        """How many they are."""
+        sizes = jax.sharding.get_abstract_mesh().shape
+        return math.prod(sizes[axis] for axis in self.axes)
+
     def first(self, rows: int) -> Array | int:
         """Returns the place of this device's first row among all, () int32; each has `rows`."""
         return jax.lax.axis_index(self.axes) * rows if self.axes else 0
@@ -33,6 +40,10 @@ class Peers(NamedTuple):
     def gather(self, x: Array) -> Array:
         """Returns the rows (n, …) of all devices in order."""
         return jax.lax.all_gather(x, self.axes, tiled=True) if self.axes else x
+
+    def sum_of_own(self, x: Array) -> Array:
+        """Returns of rows as `gather` has them this device's, summed over all devices, (n, …)."""
+        return jax.lax.psum_scatter(x, self.axes, tiled=True) if self.axes else x
 
     def sum(self, x: Array) -> Array:
         """Returns the sum over all devices."""
@@ -45,6 +56,13 @@ def on_every_device(tree: Any) -> Any:
     if not axes():
         return tree
     return jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
+def split_over_devices(tree: Any) -> Any:
+    """Returns the arrays (B, …) with the rows split over the devices, whatever XLA would choose."""
+    if not (names := axes()):
+        return tree
+    return jax.lax.with_sharding_constraint(tree, PartitionSpec(names))
 
 
 def platform() -> str:

@@ -7,16 +7,18 @@ backward pass only scales it. Second derivatives and forward mode are not availa
 
 On a mesh each device has its share of the queries and meets all keys, which it is sent once. So is
 what the gradient by a key takes of the queries that it is a key of, a few numbers each, so that no
-gradient has to be sent back.
+gradient has to be sent back. Where `max_keys` leaves few keys, their gradients are sent back.
 
 Shapes are named as in `streaming.py`; n are the queries of one device.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
@@ -42,6 +44,7 @@ def contrastive_loss(
     *,
     temperature: float = 0.1,
     top_n: int | None = None,
+    max_keys: int = 0,
 ) -> Array:
     """Returns L_p (Eq. 5) or, with `top_n`, L_c (Eq. 6), () float32.
 
@@ -58,36 +61,62 @@ def contrastive_loss(
       bank: C classes of entries of width D, or None for keys from the mini-batch alone.
       temperature: tau of Eq. 5b, > 0.
       top_n: N of Eq. 6b, the number of most similar positives that count; None = all of them.
+      max_keys: of the queries so many, `key_places`, are keys; 0 = all of them. Work and memory
+        grow with n x keys, and so with the square of the batch unless the keys are bounded. Each
+        query still counts, and meets the whole bank.
 
     Raises:
       ValueError: at trace time, where shapes do not fit or a constant is out of its range.
     """
-    _check(queries, labels, valid, bank, temperature, top_n)
+    _check(queries, labels, valid, bank, temperature, top_n, max_keys)
     labels = labels.astype(jnp.int32)
     valid = valid & (labels >= 0) & (labels != 255)
     if bank is not None:
         valid = valid & (labels < bank.features.shape[0])
     # An invalid query may hold anything; zero keeps a stray NaN out of the products.
     queries = jnp.where(valid[:, None], queries.astype(jnp.float32), 0.0)
-    return _loss(temperature, top_n, queries, jnp.where(valid, labels, -1), bank)
+    constants = _Constants(temperature, top_n, max_keys if max_keys < len(queries) else 0)
+    return _loss(constants, queries, jnp.where(valid, labels, -1), bank)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(
-    temperature: float, top_n: int | None, queries: Array, labels: Array, bank: MemoryBank | None
-) -> Array:
+def key_places(queries: int, keys: int) -> np.ndarray:
+    """Returns which queries are keys where not all of them are, (keys,) int32, ascending.
+
+    One of each of `keys` equal stretches of the queries, so of all images and classes alike, at a
+    place within it that goes round by the golden ratio, so that no slot of an image is preferred:
+    the hard pixels come first in each. Which pixel fills a slot is another one in each step.
+
+    Args:
+      queries: n.
+      keys: in [1, n].
+    """
+    edges = np.arange(keys + 1) * queries // keys
+    turn = np.arange(keys) * ((math.sqrt(5) - 1) / 2) % 1
+    return (edges[:-1] + np.floor(turn * np.diff(edges))).astype(np.int32)
+
+
+class _Constants(NamedTuple):
+    """What is known when the loss is traced; as in `contrastive_loss`."""
+
+    temperature: float
+    top_n: int | None
+    max_keys: int  # below n, or 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(constants: _Constants, queries: Array, labels: Array, bank: MemoryBank | None) -> Array:
     """`contrastive_loss` of clean arguments: invalid queries are zero and have the label -1."""
-    return _value_and_gradient(temperature, top_n, queries, labels, bank, want_gradient=False)[0]
+    return _value_and_gradient(constants, queries, labels, bank, want_gradient=False)[0]
 
 
 def _loss_forward(
-    temperature: float, top_n: int | None, queries: Array, labels: Array, bank: MemoryBank | None
+    constants: _Constants, queries: Array, labels: Array, bank: MemoryBank | None
 ) -> tuple[Array, Array]:
-    return _value_and_gradient(temperature, top_n, queries, labels, bank, want_gradient=True)
+    return _value_and_gradient(constants, queries, labels, bank, want_gradient=True)
 
 
 def _loss_backward(
-    temperature: float, top_n: int | None, gradient: Array, cotangent: Array
+    constants: _Constants, gradient: Array, cotangent: Array
 ) -> tuple[Array, None, None]:
     return cotangent * gradient, None, None
 
@@ -96,8 +125,7 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _value_and_gradient(
-    temperature: float,
-    top_n: int | None,
+    constants: _Constants,
     queries: Array,
     labels: Array,
     bank: MemoryBank | None,
@@ -109,41 +137,67 @@ def _value_and_gradient(
     `queries` and gradient are those of all devices.
     """
     peers = devices.Peers(devices.axes())
-    share = functools.partial(_share, temperature, top_n, peers, want_gradient)
-    if not peers.axes:
-        return share(queries, labels, bank)
-    total = queries.shape[0]
-    missing = -total % jax.sharding.get_abstract_mesh().size
+    total, keys = queries.shape[0], constants.max_keys
+    parts = jax.sharding.get_abstract_mesh().size if peers.axes else 1
+    missing = -total % parts
     queries = jnp.pad(queries, ((0, missing), (0, 0)))
     labels = jnp.pad(labels, (0, missing), constant_values=-1)
+    chosen = (
+        jnp.asarray(_by_device(key_places(total, keys), total + missing, parts)) if keys else None
+    )
+    share = functools.partial(_share, constants, peers, want_gradient)
+    if not peers.axes:
+        return share(queries, labels, bank, chosen)
     rows, whole = PartitionSpec(peers.axes), PartitionSpec()
     value, gradient = jax.shard_map(
-        share, in_specs=(rows, rows, whole), out_specs=(whole, rows), check_vma=False
-    )(queries, labels, bank)
+        share, in_specs=(rows, rows, whole, rows), out_specs=(whole, rows), check_vma=False
+    )(queries, labels, bank, chosen)
     return value, gradient[:total]
 
 
+def _by_device(places: np.ndarray, total: int, parts: int) -> np.ndarray:
+    """Returns the places as rows of their devices, of n = total / parts each: n = no key.
+
+    As many for each device, one device's after the other's, int32.
+    """
+    device, row = np.divmod(places, total // parts)
+    mine = [row[device == i] for i in range(parts)]
+    most = max(map(len, mine))
+    filled = [np.pad(x, (0, most - len(x)), constant_values=total // parts) for x in mine]
+    return np.concatenate(filled).astype(np.int32)
+
+
 def _share(
-    temperature: float,
-    top_n: int | None,
+    constants: _Constants,
     peers: devices.Peers,
     want_gradient: bool,
     queries: Array,
     labels: Array,
     bank: MemoryBank | None,
+    chosen: Array | None,
 ) -> tuple[Array, Array]:
-    """Returns the loss of all queries and the gradient of those of this device, (n, D)."""
+    """Returns the loss of all queries and the gradient of those of this device, (n, D).
+
+    `chosen` are the rows of this device that are keys; None = all.
+    """
+    temperature, top_n, _ = constants
     n = queries.shape[0]
     places = peers.first(n) + jnp.arange(n, dtype=jnp.int32)
     batch = Queries(queries / temperature, labels, places)
-    own = Keys(peers.gather(queries), peers.gather(labels), jnp.zeros((), jnp.int32))
+    if chosen is None:
+        everywhere = jnp.arange(peers.number * n, dtype=jnp.int32)
+        own = Keys(peers.gather(queries), peers.gather(labels), everywhere)
+    else:
+        filled = ((queries, 0.0), (labels, -1), (places, -1))
+        mine = (x.at[chosen].get(mode="fill", fill_value=value) for x, value in filled)
+        own = Keys(*map(peers.gather, mine))
     in_batch, nearest = _mini_batch(batch, own, top_n or 0)
     negatives = _negatives(batch, in_batch, bank, want_gradient)
     log_sum = negatives.log_sum
     if top_n is None:
         positives = _all_positives(batch, own, bank, log_sum, want_gradient)
     else:
-        positives = _nearest_positives(batch, own, bank, log_sum, nearest)
+        positives = _nearest_positives(batch, peers.number * n, bank, log_sum, nearest)
     counted = (labels >= 0) & (positives.number > 0)
     # (n,): one over (queries that count x positives of this one); float32, as the product of two
     # counts may be beyond int32.
@@ -155,7 +209,7 @@ def _share(
 
     rows = _Row(log_sum, positives.sigma, weight / temperature, positives.places)
 
-    def add_mini_batch(gradient: Array, keys: Keys) -> Array:
+    def add_all(gradient: Array, keys: Keys) -> Array:
         # Each pair counts twice: the row's query has the other as its key, and the other way round.
         similarity, negative = batch.similarity(keys), batch.negative(keys)
         positive, others = batch.other_positive(keys), keys.extra
@@ -165,10 +219,25 @@ def _share(
         pull += others.by_similarity(similarity, negative, in_column, axis=1)
         return gradient + matmul(pull, keys.features)
 
+    def add_chosen(gradients: tuple[Array, Array], keys: Keys) -> tuple[Array, Array]:
+        of_queries, of_keys = gradients
+        similarity, negative = batch.similarity(keys), batch.negative(keys)
+        positive, begin = batch.other_positive(keys), keys.extra[0]
+        in_row = positive & _among(keys.places[None, :], rows.places, axis=0)
+        pull = rows.by_similarity(similarity, negative, in_row, axis=0)
+        block = jax.lax.dynamic_slice_in_dim(of_keys, begin, len(pull.T))
+        block += matmul(pull.T, queries)
+        of_keys = jax.lax.dynamic_update_slice_in_dim(of_keys, block, begin, 0)
+        return of_queries + matmul(pull, keys.features), of_keys
+
     sigma, scale = rows.sigma[:, None], rows.scale[:, None]
     from_bank = scale * (sigma * negatives.bank_mean - positives.bank_sum)
-    own = own._replace(extra=jax.tree.map(peers.gather, rows))
-    return value, fold(add_mini_batch, from_bank, own, n)
+    if chosen is None:
+        own = own._replace(extra=jax.tree.map(peers.gather, rows))
+        return value, fold(add_all, from_bank, own, n)
+    own = own._replace(extra=jnp.arange(len(own.labels)))
+    gradient, of_keys = fold(add_chosen, (from_bank, jnp.zeros_like(own.features)), own, n)
+    return value, gradient.at[chosen].add(peers.sum_of_own(of_keys), mode="drop")
 
 
 class _Row(NamedTuple):
@@ -313,10 +382,12 @@ def _all_positives(
 
 
 def _nearest_positives(
-    batch: Queries, own: Keys, bank: MemoryBank | None, log_sum: Array, nearest: _Nearest
+    batch: Queries, in_batch: int, bank: MemoryBank | None, log_sum: Array, nearest: _Nearest
 ) -> _Positives:
-    """The N most similar ones are selected (Eq. 6b); `nearest` are those of the mini-batch."""
-    in_batch = own.labels.shape[0]  # the bank's places follow those of the mini-batch
+    """The N most similar ones are selected (Eq. 6b); `nearest` are those of the mini-batch.
+
+    The bank's places follow the `in_batch` ones of the mini-batch.
+    """
 
     def add_bank(nearest: _Nearest, rows: Queries, keys: Keys) -> _Nearest:
         similarity, chosen = rows.similarity(keys), rows.positive(keys)
@@ -353,6 +424,7 @@ def _check(
     bank: MemoryBank | None,
     temperature: float,
     top_n: int | None,
+    max_keys: int,
 ) -> None:
     if queries.ndim != 2 or labels.shape != queries.shape[:1] or valid.shape != queries.shape[:1]:
         raise ValueError(
@@ -368,3 +440,5 @@ def _check(
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if top_n is not None and top_n < 1:
         raise ValueError(f"top_n must be at least 1 or None, got {top_n}")
+    if max_keys < 0:
+        raise ValueError(f"max_keys must be at least 1 or 0, which is no bound, got {max_keys}")

@@ -33,13 +33,8 @@ class Keys(NamedTuple):
 
     features: Array  # (K, D) float32
     labels: Array  # (K,) int32, -1 = no key
-    start: Array  # () int32, place of the first one in the mini-batch or in the flattened bank
+    places: Array  # (K,) int32, place in the mini-batch or in the flattened bank
     extra: Any = ()  # pytree of (K, …) arrays that go with them
-
-    @property
-    def places(self) -> Array:
-        """(K,) int32, place in the mini-batch or in the flattened bank."""
-        return self.start + jnp.arange(self.labels.shape[0], dtype=jnp.int32)
 
 
 class Queries(NamedTuple):
@@ -92,7 +87,7 @@ def flat_bank(bank: MemoryBank) -> Keys:
     num_classes, _, dim = bank.features.shape
     class_ids = jnp.arange(num_classes, dtype=jnp.int32)[:, None]
     labels = jnp.where(bank.occupied, class_ids, -1).reshape(-1)
-    return Keys(bank.features.reshape(-1, dim), labels, jnp.zeros((), jnp.int32))
+    return Keys(bank.features.reshape(-1, dim), labels, jnp.arange(labels.size, dtype=jnp.int32))
 
 
 def _block_elements() -> int:
@@ -112,12 +107,9 @@ def fold(step: Callable[[Any, Keys], Any], carry: Any, keys: Keys, rows: int) ->
         # padded copy of all keys.
         start = jnp.minimum(i * size, total - size)
         is_new = start + jnp.arange(size) >= i * size
-        features, labels, extra = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, start, size),
-            (keys.features, keys.labels, keys.extra),
-        )
-        labels = jnp.where(is_new, labels, -1)
-        return step(carry, Keys(features, labels, keys.start + start, extra)), keys
+        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), keys)
+        block = block._replace(labels=jnp.where(is_new, block.labels, -1))
+        return step(carry, block), keys
 
     # The keys as well, so that no block is read before its turn.
     return devices.repeat(blocks, body, (carry, keys))[0]
@@ -159,7 +151,8 @@ def fold_own_class(
         place = ((t - (end - tiles)[c]) * tile)[:, None] + jnp.arange(tile)[None, :]
         query = order[jnp.minimum(begin[c][:, None] + place, n - 1)]  # (tiles of a turn, tile)
         entries = jnp.where(bank.occupied[c], c[:, None], -1)
-        keys = Keys(bank.features[c], entries, c * size)
+        places = (c * size)[:, None] + jnp.arange(size, dtype=jnp.int32)[None, :]
+        keys = Keys(bank.features[c], entries, places)
         part, mine = jax.tree.map(lambda x: x[query], (carry, rows))
         part = jax.vmap(step)(part, mine, keys)
         target = jnp.where(place < count[c][:, None], query, n)  # n = nowhere

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from csc_jax import losses
 from csc_jax.augment import normalize_images
-from csc_jax.contrast import MemoryBank
+from csc_jax.contrast import MemoryBank, devices
 from csc_jax.models import Features, Outputs, Segmenter, initialize, resize_aligned
 from csc_jax.optimizer import make_optimizer
 from csc_jax.state import Network, TrainState, teacher_decay, update_ema
@@ -96,7 +96,8 @@ class Task:
             mutable=["batch_stats"],
             rngs={"dropout": key},
         )
-        return outputs, updates.get("batch_stats", {})
+        # Or kernels that `parallel.fsdp` splits might have XLA split feature maps by channels, too.
+        return devices.split_over_devices(outputs), updates.get("batch_stats", {})
 
     def eval_forward(self, network: Network, images: Array, *, projection: bool = False) -> Outputs:
         """Runs a network in evaluation mode on images (B, H, W, 3) on 0..255, without gradient."""

@@ -176,6 +176,7 @@ class CSC(Method):
                     bank,
                     temperature=config.temperature,
                     top_n=top_n,
+                    max_keys=config.max_keys,
                 )
                 for features, labels, valid in halves
             ]
