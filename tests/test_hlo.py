@@ -126,6 +126,18 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %slice = f32[1,64,8]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,64,8}
 }
 
+%start (p.2: f32[64]) -> (f32[64], f32[4,64]) {
+  %p.2 = f32[64] parameter(0)
+  %gather.1 = f32[4,64] all-gather(%p.2), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %both.1 = (f32[64], f32[4,64]) custom-call(%p.2, %gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (p.3: f32[64]) -> f32[64] {
+  %p.3 = f32[64] parameter(0)
+  %gather.2 = f32[4,64] all-gather(%p.3), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  ROOT %other.1 = f32[64] custom-call(%p.3, %gather.2), custom_call_target="AsyncCollectiveStep"
+}
+
 ENTRY %main (a: f32[2,20,20,64], k: f32[32,3,3,64], g: f32[2,10,10,32], s: f32[10,64,8], i: s32[]) -> f32[2,20,20,64] {
   %a = f32[2,20,20,64]{3,2,1,0} parameter(0)
   %k = f32[32,3,3,64]{3,2,1,0} parameter(1)
@@ -140,6 +152,8 @@ ENTRY %main (a: f32[2,20,20,64], k: f32[32,3,3,64], g: f32[2,10,10,32], s: f32[1
   %sum = (f32[64]{0:T(128)S(1)}, f32[64]{0:T(128)S(1)}) all-reduce(%v, %v), replica_groups=mesh['data'=4,'fsdp'=2] {'data','fsdp'}, to_apply=%add
   %v = f32[64]{0:T(128)S(1)} fusion(%i), kind=kLoop, calls=%none
   %tiled = bf16[2,161,64]{2,1,0:T(8,128)(2,1)} fusion(%v), kind=kLoop, calls=%none
+  %async-collective-start = (f32[64], f32[4,64]) fusion(%v), kind=kCustom, calls=%start
+  %other = f32[64] fusion(%v), kind=kCustom, calls=%meanwhile
   %bare = f32[3,5] negate(%i)
   %one = f32[1,64,8]{2,1,0} fusion(%s, %i), kind=kLoop, calls=%fused_slice
   ROOT %out = f32[2,20,20,64]{3,2,1,0} get-tuple-element(%cudnn-conv.2), index=0
@@ -160,12 +174,15 @@ def test_what_cudnn_computes_has_the_flop_of_its_convolution():
 
 
 def test_asynchronous_and_grouped_exchanges():
-    gather, total = Program(TEXT).collectives()
+    gather, total, once = Program(TEXT).collectives()
     assert (gather.kind, gather.bytes, gather.devices) == ("all-gather", 8 * 10 * 10 * 32 * 4, 4)
     assert gather.asynchronous
     assert gather.source == "jit(train_step)/gather"
     assert (total.kind, total.bytes, total.devices) == ("all-reduce", 2 * 64 * 4, 8)
     assert not total.asynchronous
+    # Of a TPU, in the fusion that starts it and again in the one with other work.
+    assert (once.kind, once.bytes, once.devices, once.times) == ("all-gather", 4 * 64 * 4, 4, 1)
+    assert once.asynchronous
 
 
 def test_memory_traffic_knows_tiles_slices_and_memory_on_the_chip():

@@ -128,13 +128,25 @@ class Program:
         self.executions = self._walk(self._entry, 1, in_loop=False)
 
     def collectives(self) -> list[Collective]:
-        """Returns the exchanges, wherever they stand."""
-        return [
-            found
-            for execution in self.executions
-            for computation, instruction in self._inside(execution)
-            if (found := self._collective(execution, computation, instruction))
-        ]
+        """Returns the exchanges, wherever they stand.
+
+        A TPU's compiler writes one that other work goes on beside into several fusions: that which
+        starts it, those with the other work, and that which ends it. It counts once.
+        """
+        found: list[Collective] = []
+        seen: set[tuple[str, str, str]] = set()
+        for execution in self.executions:
+            for computation, instruction in self._inside(execution):
+                each = self._collective(execution, computation, instruction)
+                if each is None:
+                    continue
+                if computation != execution.computation:
+                    place = execution.computation, each.kind, instruction.attribute("channel_id")
+                    if place in seen:
+                        continue
+                    seen.add(place)
+                found.append(each)
+        return found
 
     def products(self, execution: Execution) -> list[Product]:
         """Returns the products in an instruction, those of a fusion included."""
@@ -232,7 +244,8 @@ class Program:
             max(taken, given),
             _group(line.attributes),
             (started and '"is_sync":true' not in line.attributes)
-            or execution.instruction.opcode == "async-start",
+            or execution.instruction.opcode == "async-start"
+            or execution.instruction.name.startswith("async-collective-start"),
             execution.times,
             execution.in_loop,
             line.source,

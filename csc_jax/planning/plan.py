@@ -186,7 +186,7 @@ def compile_for(config: ConfigDict, hardware: Topology, known: DataSet) -> Plan:
         collectives=collectives,
         unknown_loops=len(program.unknown_loops),
         steps=config.train.steps,
-        **_work(program, hardware),
+        **work(program, hardware),
     )
 
 
@@ -291,7 +291,7 @@ def _data_set(config: ConfigDict, classes: int | None, unlabeled: int | None) ->
     return DataSet(classes or len(names), unlabeled)
 
 
-def _work(program: Program, hardware: Topology) -> dict[str, Any]:
+def work(program: Program, hardware: Topology) -> dict[str, Any]:
     """Returns the fields of `Plan` that say what a step computes and moves, and how long it takes.
 
     Copies between the memories of a TPU that run beside other work count in the traffic alone.
