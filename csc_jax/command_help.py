@@ -17,6 +17,7 @@ from csc_jax.config import files as config_files
 EXAMPLES = {  # of each --mode
     "train": "--config=synthetic --workdir=W",
     "evaluate": "--mode=evaluate --workdir=W --checkpoint=best",
+    "report": "--mode=report --workdir=W --compare=W2,W3",
     "predict": "--mode=predict --workdir=W --images=DIR --out=DIR",
     "plan": "--mode=plan --config=cityscapes --topology=v5e:4x4",
 }

@@ -1,8 +1,9 @@
-"""Command line: train, evaluate, predict or plan.
+"""Command line: train, evaluate, report, predict or plan.
 
 csc-jax --config=synthetic --workdir=runs/synthetic
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --save_predictions=DIR
+python -m csc_jax.main --mode=report --workdir=runs/synthetic --compare=runs/other
 python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
 python -m csc_jax.main --mode=plan --topology=v5e:4x4 --config=configs/cityscapes.py
     --config.batch.labeled=32 --config.batch.unlabeled=32
@@ -37,18 +38,23 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "A file, or the name of one that comes with csc_jax; any field is overridden by "
-    "--config.section.field=value. Without it, evaluate, predict and plan take the config of the "
-    "run in --workdir.",
+    "--config.section.field=value. Without it, evaluate, report, predict and plan take the config "
+    "of the run in --workdir.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, plots.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "predict", "plan"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate", "report", "predict", "plan"], "What to do."
+)
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "latest", "evaluate, predict: latest, best (by mIoU on the val split) or a step."
+    "checkpoint", "latest", "evaluate, report, predict: latest, best (by mIoU on the val split) or a step."
 )
 _SAVE_PREDICTIONS = flags.DEFINE_string(
     "save_predictions",
     None,
     "evaluate: folder for a PNG an image: Cityscapes label ids, Pascal VOC palette, or class ids.",
+)
+_COMPARE = flags.DEFINE_list(
+    "compare", [], "report: work directories of runs to stand beside that of --workdir, by comma."
 )
 _IMAGES = flags.DEFINE_string("images", None, "predict: an image or a folder of images.")
 _OUT = flags.DEFINE_string(
@@ -86,6 +92,7 @@ _RUN = {"workdir": "the folder of the run"}
 _REQUIRED = {  # flags that a mode cannot do without
     "train": _RUN,
     "evaluate": _RUN,
+    "report": _RUN,
     "predict": _RUN | {"images": "an image or a folder of images", "out": "the folder to write to"},
     "plan": {"topology": "hardware to compile for, such as v5e:4x4 or h100:8"},
 }
@@ -165,6 +172,7 @@ def dispatch(config: ConfigDict) -> None:
     from csc_jax.evaluation.score import load, score
     from csc_jax.parallel import distributed
     from csc_jax.planning.plan import plan
+    from csc_jax.reporting.report import report
     from csc_jax.training.loop import train
 
     if _MODE.value == "plan":
@@ -194,6 +202,8 @@ def dispatch(config: ConfigDict) -> None:
         raise UserError(
             f"--save_predictions goes with --mode=evaluate, not with --mode={_MODE.value}."
         )
+    if _COMPARE.value and _MODE.value != "report":
+        raise UserError(f"--compare goes with --mode=report, not with --mode={_MODE.value}.")
     if config.debug.compilation_cache:
         use_compilation_cache()
     jax.config.update("jax_debug_nans", config.debug.nans)
@@ -202,6 +212,12 @@ def dispatch(config: ConfigDict) -> None:
     elif _MODE.value == "evaluate":
         predictions = _SAVE_PREDICTIONS.value
         score(config, workdir, _CHECKPOINT.value, Path(predictions) if predictions else None)
+    elif _MODE.value == "report":
+        if distributed.several():
+            raise UserError(
+                "--mode=report runs in one process; start it alone, with --num_processes=1."
+            )
+        report(config, workdir, _CHECKPOINT.value, [Path(other) for other in _COMPARE.value])
     else:
         if distributed.several():
             raise UserError(

@@ -15,29 +15,13 @@ and seed the first counts.
 
 import argparse
 import csv
-import dataclasses
 import math
 import re
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scipy import stats
-
-Scores = dict[tuple[str, str, int], float]  # (row, partition, seed) -> percent
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """A row less the baseline, in points, seed by seed."""
-
-    row: str
-    partition: str
-    by_seed: dict[int, float]
-    p: float | None  # None for a single pair, or pairs that differ by the same
-    interval: tuple[float, float] | None  # 95%, of the mean; None where p is
-
+from csc_jax.reporting.compare import Difference, Scores, caution, differences
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0."""
@@ -98,28 +82,6 @@ def read(path: Path, column: str) -> tuple[Scores, int]:
     return scores, repeated
 
 
-def differences(scores: Scores, baseline: str, rows: Sequence[str]) -> list[Difference]:
-    """Returns those of each partition and row, as far as there are pairs, in the rows' order."""
-    found = []
-    for partition in dict.fromkeys(partition for _, partition, _ in scores):
-        for row in rows:
-            by_seed = {
-                seed: round(score - scores[baseline, partition, seed], 6)
-                for (name, part, seed), score in sorted(scores.items())
-                if (name, part) == (row, partition) and (baseline, partition, seed) in scores
-            }
-            if row == baseline or not by_seed:
-                continue
-            p = interval = None
-            values = list(by_seed.values())
-            if len(set(values)) > 1:  # equal differences have no spread to test against
-                test = stats.ttest_1samp(values, 0.0)
-                between = test.confidence_interval(0.95)
-                p, interval = float(test.pvalue), (float(between.low), float(between.high))
-            found.append(Difference(row, partition, by_seed, p, interval))
-    return found
-
-
 def markdown(found: Sequence[Difference], baseline: str, column: str) -> str:
     """Returns the table, and how many comparisons stand in it."""
     lines = [
@@ -129,21 +91,14 @@ def markdown(found: Sequence[Difference], baseline: str, column: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for one in found:
-        values = list(one.by_seed.values())
         each = ", ".join(f"{seed}: {value:+.1f}" for seed, value in one.by_seed.items())
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        spread = "" if one.deviation is None else f" ± {one.deviation:.1f}"
         between = "-" if one.interval is None else "{:+.1f} to {:+.1f}".format(*one.interval)
         p = "-" if one.p is None else f"{one.p:.2g}"
-        mean = f"{statistics.mean(values):+.1f}{spread}"
+        mean = f"{one.mean:+.1f}{spread}"
         lines.append(f"| {one.row} | {one.partition} | {each} | {mean} | {between} | {p} |")
-    tested = sum(one.p is not None for one in found)
-    if tested > 1:
-        lines += [
-            "",
-            f"{tested} comparisons: by chance alone one of them has a p below 0.05 with a "
-            f"probability of up to {100 * min(1, 0.05 * tested):.0f}%; below {0.05 / tested:.2g} "
-            "it is 5% (Bonferroni).",
-        ]
+    if warning := caution(found):
+        lines += ["", warning]
     return "\n".join(lines)
 
 

@@ -49,6 +49,7 @@ def tiny_config(tmp_path: Path | None = None, **overrides: object) -> ConfigDict
     c.train.eval_every = 3
     c.train.panels = 2
     c.train.consistency_lag = 3
+    c.train.report = False  # another program to compile
     c.parallel.devices = 1  # a program for several takes far longer to compile
     c.debug.compilation_cache = False
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})

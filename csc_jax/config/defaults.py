@@ -244,6 +244,7 @@ def default_config() -> ConfigDict:
     c.train.log_every = 10  # steps between progress lines and metric records
     c.train.eval_every = 100  # steps between evaluations; 0 = only at the end
     c.train.panels = 4  # val images drawn into W/plots at each evaluation
+    c.train.report = True  # write W/report.html at the end, after one more pass over eval.split
     c.train.consistency_lag = 50  # T of Eq. 7, steps between the two feature maps of Cons
     c.train.max_rejected = 10  # steps in a row without finite loss and gradient that end a run
 

@@ -62,13 +62,29 @@ class Scores:
         """
         hits = np.diagonal(self.confusion)
         union = self.confusion.sum(axis=0) + self.confusion.sum(axis=1) - hits
-        return np.where(union > 0, hits / np.maximum(union, 1), np.nan)
+        return _ratio(hits, union)
 
     @property
     def miou(self) -> float:
         """Mean IoU over the classes that occur; nan if every pixel was ignored."""
         present = self.iou[~np.isnan(self.iou)]
         return float(present.mean()) if present.size else math.nan
+
+    @property
+    def precision(self) -> np.ndarray:
+        """(C,) float64 share of the pixels predicted as a class that are of it; nan for none."""
+        return _ratio(np.diagonal(self.confusion), self.confusion.sum(axis=0))
+
+    @property
+    def recall(self) -> np.ndarray:
+        """(C,) float64 share of a class's pixels that were predicted as it; nan for none."""
+        return _ratio(np.diagonal(self.confusion), self.confusion.sum(axis=1))
+
+    @property
+    def f1(self) -> np.ndarray:
+        """(C,) float64 harmonic mean of precision and recall (Dice); nan as `iou` is."""
+        predicted, true = self.confusion.sum(axis=0), self.confusion.sum(axis=1)
+        return _ratio(2 * np.diagonal(self.confusion), predicted + true)
 
     @property
     def pixel_accuracy(self) -> float:
@@ -225,6 +241,11 @@ def _count(
     present = union > 0  # (B, C)
     iou = jnp.where(present, hits / jnp.maximum(union, 1), 0)
     return counts.sum(axis=0), iou.sum(axis=1) / present.sum(axis=1)  # 0 / 0 = nan
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Returns part / whole, nan where there is nothing."""
+    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
 
 
 def _percent(ratio: float) -> str:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     Colors = tuple[tuple[int, int, int], ...]  # RGB, one a class
 
 _DPI = 100
-_INK = "#222222"
-_GRID = "#dddddd"
-_LINES = (
+INK = "#222222"
+GRID = "#dddddd"
+LINES = (
     "#0072b2",
     "#d55e00",
     "#009e73",
@@ -40,6 +40,7 @@ _LEAST_WIDTH = 192
 _GREATEST_WIDTH = 480
 _CHART_WIDTH, _CHART_HEIGHT = 440, 320  # of each on the sheet of curves
 _GAP = 8
+_LINE = 4  # between the pictures of `four`
 _TITLE = 34
 _HEADER = 28
 _LEGEND_LINE = 24
@@ -190,6 +191,26 @@ def save_panel(
     _save(figure, path)
 
 
+def four(pictures: Sequence[np.ndarray], palette: np.ndarray) -> np.ndarray:
+    """Puts four pictures of one size into two rows, a narrow grey line between them.
+
+    Args:
+      pictures: (H, W, 3) uint8 RGB, or (H, W) uint8 class ids, hatched where an id is no class.
+      palette: (C, 3) uint8 RGB.
+
+    Returns:
+      (h, w, 3) uint8 RGB; small pictures are enlarged, large ones reduced, as in a panel.
+    """
+    drawn = [_as_drawn(picture, palette, _LEAST_WIDTH) for picture in pictures]
+    height, width, _ = drawn[0].shape
+    whole = np.full((2 * height + _LINE, 2 * width + _LINE, 3), 128, np.uint8)
+    for index, picture in enumerate(drawn):
+        row, column = divmod(index, 2)
+        y, x = row * (height + _LINE), column * (width + _LINE)
+        whole[y : y + height, x : x + width] = picture
+    return whole
+
+
 @functools.lru_cache(maxsize=4)  # predict asks for the same one for each image
 def _legend(colors: "Colors", names: tuple[str, ...], width: int, scale: int = 1) -> np.ndarray:
     """Draws the names of classes, each beside a swatch of its colour.
@@ -273,10 +294,27 @@ def save_curves(path: Path, records: Sequence[Mapping[str, Any]], title: str = "
     down = math.ceil(len(charts) / across)
     figure = _figure(_CHART_WIDTH * across, _CHART_HEIGHT * down + _TITLE)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
     for i, chart in enumerate(charts):
         _draw_chart(figure.add_subplot(down, across, i + 1), chart, records)
     _save(figure, path)
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]]) -> dict[str, "Figure"]:
+    """Draws the charts of `save_curves` one by one: title -> a figure without background."""
+    figures = {}
+    for chart in _CHARTS:
+        if any(_points(chart, key, records) for key in chart.series):
+            figures[chart.title] = figure = empty_figure(_CHART_WIDTH, _CHART_HEIGHT)
+            _draw_chart(figure.add_subplot(), chart, records)
+    return figures
+
+
+def empty_figure(width: int, height: int) -> "Figure":
+    """Returns a figure of `width` x `height` px for one chart."""
+    figure = _figure(width, height)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+    return figure
 
 
 def save_lines(
@@ -294,8 +332,8 @@ def save_lines(
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
     axes = figure.add_subplot()
     for i, (name, (steps, values)) in enumerate(series.items()):
-        axes.plot(steps, values, color=_LINES[i % len(_LINES)], linewidth=1.8, label=_plain(name))
-    axes.set_xlabel("step", fontsize=9, color=_INK)
+        axes.plot(steps, values, color=LINES[i % len(LINES)], linewidth=1.8, label=_plain(name))
+    axes.set_xlabel("step", fontsize=9, color=INK)
     _limit_ticks(axes, 6)
     _style(axes, title, width)
     _save(figure, path)
@@ -319,7 +357,7 @@ def save_bars(
     bar = 0.8 / len(series)
     for i, (name, values) in enumerate(series.items()):
         place = np.arange(len(labels)) + (i - (len(series) - 1) / 2) * bar
-        axes.bar(place, values, bar, color=_LINES[i % len(_LINES)], label=_plain(name))
+        axes.bar(place, values, bar, color=LINES[i % len(LINES)], label=_plain(name))
     drawn = _labels(labels)
     axes.set_xticks(range(len(labels)), drawn, rotation=40, ha="right", parse_math=False)
     _style(axes, title, width)
@@ -335,8 +373,8 @@ def _limit_ticks(axes: "Axes", most: int) -> None:
 
 def _style(axes: "Axes", title: str, width: int) -> None:
     """Dresses a chart of `width` px, with title and legend above it, where no curve is."""
-    axes.tick_params(labelsize=8, colors=_INK, length=0)
-    axes.grid(color=_GRID, linewidth=0.6)
+    axes.tick_params(labelsize=8, colors=INK, length=0)
+    axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     names = axes.get_legend_handles_labels()[1]
@@ -354,13 +392,13 @@ def _style(axes: "Axes", title: str, width: int) -> None:
         borderpad=0.2,
         alignment="left",
         frameon=False,
-        labelcolor=_INK,
+        labelcolor=INK,
     )
-    legend.get_title().set_color(_INK)
+    legend.get_title().set_color(INK)
 
 
 def _draw_chart(axes: "Axes", chart: _Chart, records: Sequence[Mapping[str, Any]]) -> None:
-    for (key, name), color in zip(chart.series.items(), _LINES, strict=False):
+    for (key, name), color in zip(chart.series.items(), LINES, strict=False):
         points = _points(chart, key, records)
         if not points:
             continue
@@ -373,8 +411,8 @@ def _draw_chart(axes: "Axes", chart: _Chart, records: Sequence[Mapping[str, Any]
         label = f"{name}  {values[-1]:.4g}"
         axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, ms=3.5, label=label)
     axes.set_xlim(0, max(record["step"] for record in records) * 1.02)  # the same on all charts
-    axes.set_xlabel("step", fontsize=8, color=_INK)
-    axes.set_ylabel(chart.unit, fontsize=8, color=_INK)
+    axes.set_xlabel("step", fontsize=8, color=INK)
+    axes.set_ylabel(chart.unit, fontsize=8, color=INK)
     _limit_ticks(axes, 5)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if chart.share:
@@ -433,7 +471,7 @@ def _write(figure: "Figure", x: int, y: int, text: str, **style: Any) -> None:
     width, height = figure.bbox.size
     where = x / width, y / height
     # Names of classes and files are the user's, and no formulas.
-    figure.text(*where, _as_drawable(text), va="center", color=_INK, parse_math=False, **style)
+    figure.text(*where, _as_drawable(text), va="center", color=INK, parse_math=False, **style)
 
 
 def _plain(name: str) -> str:

@@ -21,8 +21,10 @@ from csc_jax.evaluation import Scores
 from csc_jax.parallel import distributed
 from csc_jax.parallel.sharding import shard_batch
 from csc_jax.reporting import visualize
+from csc_jax.reporting.launches import launched
 from csc_jax.reporting.probe import PSEUDO_LABEL, Probe
 from csc_jax.reporting.recorder import Recorder, open_recorder
+from csc_jax.reporting.report import after_training
 from csc_jax.reporting.writers import read_metrics
 from csc_jax.state import TrainState
 from csc_jax.training import identity
@@ -81,6 +83,8 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
 
     with contextlib.ExitStack() as stack:
         distributed.first_only(lambda: stack.enter_context(lock(workdir)))
+        devices = experiment.mesh.devices.flatten().tolist()
+        distributed.first_only(lambda: stack.enter_context(launched(workdir, devices)))
         stop = stack.enter_context(StopRequest())
         checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint.keep))
         run = describe(experiment) | {"data": images}
@@ -160,6 +164,11 @@ def _train(
         scores = experiment.evaluate(getattr(state, config.eval.network), val)
     table = scores.table(experiment.class_names)
     log.info("%s on %s:\n%s", config.eval.network, config.eval.split, table)
+    if config.train.report:
+        network = getattr(state, config.eval.network)
+        after_training(
+            experiment, network, int(state.step), val, workdir, stop.interrupt_evaluation
+        )
     return scores
 
 
