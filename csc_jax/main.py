@@ -46,7 +46,9 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate", "report", "predict", "plan"], "What to do."
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "latest", "evaluate, report, predict: latest, best (by mIoU on the val split) or a step."
+    "checkpoint",
+    "latest",
+    "evaluate, report, predict: latest, best (by mIoU on the val split) or a step.",
 )
 _SAVE_PREDICTIONS = flags.DEFINE_string(
     "save_predictions",

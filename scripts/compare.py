@@ -23,6 +23,7 @@ from pathlib import Path
 
 from csc_jax.reporting.compare import Difference, Scores, caution, differences
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0."""
     parser = argparse.ArgumentParser(

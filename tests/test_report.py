@@ -146,7 +146,7 @@ def test_what_was_measured_agrees_with_the_evaluation(whole):
 
 
 def test_confidence_with_flips_and_without_logits(whole):
-    config, workdir, scores = whole
+    config, workdir, _ = whole
     config = config.copy_and_resolve_references()
     config.eval.flip = True
     source = data.load(config.data).source("val")
@@ -207,8 +207,10 @@ def test_names_are_escaped_and_made_visible(whole, copy, tmp_path):
     changed(copy, data__root=HOSTILE, data__name=HOSTILE, data__labeled_list=f"/x/{HOSTILE}")
     other = shutil.copytree(copy, tmp_path / HOSTILE.replace("/", ""))
     changed(other, method__name=HOSTILE)
-    lines = (copy / "launches.jsonl").read_text().replace(
-        '"command": null', f'"command": {json.dumps(["--workdir=" + HOSTILE])}'
+    lines = (
+        (copy / "launches.jsonl")
+        .read_text()
+        .replace('"command": null', f'"command": {json.dumps(["--workdir=" + HOSTILE])}')
     )
     (copy / "launches.jsonl").write_text(lines)
     html = report.page(copy, [other], [HOSTILE])
@@ -344,12 +346,16 @@ def test_launches_are_kept_with_their_commands(tmp_path, monkeypatch):
 
 
 def test_fields_are_told_apart_by_who_set_them(copy):
-    lines = (copy / "launches.jsonl").read_text().replace(
-        '"command": null', '"command": ["--config=own.py", "--config.train.steps=6"]'
+    lines = (
+        (copy / "launches.jsonl")
+        .read_text()
+        .replace('"command": null', '"command": ["--config=own.py", "--config.train.steps=6"]')
     )
     (copy / "launches.jsonl").write_text(lines)
     page = Page(report.page(copy))
-    assert "The run began with --config=own.py; 1 field(s) were set on the command line" in page.text
+    assert (
+        "The run began with --config=own.py; 1 field(s) were set on the command line" in page.text
+    )
     assert "train.steps 0 6 command line" in page.text
     assert "optimizer.name sgd adamw config" in page.text
     assert "seed 0" not in page.text.partition("set by")[2].partition("Run time")[0]

@@ -67,9 +67,7 @@ def scheme(request):
 def page(browser, file, scheme, request):
     """The report, opened; fails in the end for anything that the browser complained about."""
     complaints = []
-    page = browser.new_page(
-        viewport={"width": request.param, "height": 900}, color_scheme=scheme
-    )
+    page = browser.new_page(viewport={"width": request.param, "height": 900}, color_scheme=scheme)
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("dialog", lambda dialog: complaints.append(dialog.message))

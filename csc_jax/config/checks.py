@@ -217,7 +217,16 @@ def validate(config: ConfigDict) -> None:
 _MAY_CHANGE = (
     *("data.root", "data.cache_dir", "data.threads", "data.prefetch", "data.max_unreadable"),
     *("batch.eval", "train.steps", "train.log_every", "train.eval_every", "train.panels"),
-    *("model.remat", "train.max_rejected", "train.report", "eval.", "checkpoint.", "parallel.", "debug.", "wandb"),
+    *(
+        "model.remat",
+        "train.max_rejected",
+        "train.report",
+        "eval.",
+        "checkpoint.",
+        "parallel.",
+        "debug.",
+        "wandb",
+    ),
 )
 
 

@@ -88,7 +88,7 @@ def near_outline(classes: np.ndarray, distance: int) -> np.ndarray:
     # An eroded mask keeps a pixel where the square holds one class id alone, its own: the least and
     # the greatest id there tell this for the masks of all classes at once.
     square = np.ones((2 * distance + 1,) * 2, np.uint8)
-    border = {"borderType": cv2.BORDER_CONSTANT, "borderValue": _NONE}
-    greatest = cv2.dilate(classes, square, **border)
-    least = cv2.erode(classes, square, **border)
-    return (greatest != classes) | (least != classes)
+    outside = cv2.BORDER_CONSTANT
+    greatest = cv2.dilate(classes, square, borderType=outside, borderValue=_NONE)
+    least = cv2.erode(classes, square, borderType=outside, borderValue=_NONE)
+    return np.asarray((greatest != classes) | (least != classes))

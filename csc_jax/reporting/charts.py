@@ -82,7 +82,7 @@ def label_efficiency(
     """
     figure = visualize.empty_figure(720, 380)
     axes = figure.add_subplot()
-    ticks = set()
+    ticks = set[float]()
     for i, (images, mean, deviation) in enumerate(series):
         axes.errorbar(images, mean, deviation, **_line(i), ms=4, capsize=3)
         ticks.update(images)

@@ -47,9 +47,7 @@ _MOST_PIXELS = 40_000_000  # of a panel
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def report(
-    config: ConfigDict, workdir: Path, checkpoint: str, others: Sequence[Path] = ()
-) -> Path:
+def report(config: ConfigDict, workdir: Path, checkpoint: str, others: Sequence[Path] = ()) -> Path:
     """Writes `workdir`/report.html, and returns its path.
 
     What the run's files do not hold is measured on `config.eval.split`, unless an earlier report
@@ -154,7 +152,7 @@ def page(workdir: Path, others: Sequence[Path] = (), notes: Sequence[str] = ()) 
         "examples": run.detail and _examples(run.detail),
         "images": run.detail and _images(run.detail),
         "panels": _panels(workdir),
-        "bank": bank and {"charts": bank, "facts": _bank_facts(run)},
+        "bank": {"charts": bank, "facts": _bank_facts(run)} if bank else None,
         "time": _time(run),
         "reproduce": _reproduce(run),
         "comparison": _comparison([run, *map(runs.read_run, others)]) if others else None,
@@ -208,7 +206,7 @@ def _render(values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=_shown,
     )
-    environment.filters |= {"percent": _percent, "number": _number, "duration": _duration}
+    environment.filters.update(percent=_percent, number=_number, duration=_duration)
     template = environment.get_template("report.html")
     # The browser runs this script alone: whatever a name may hold, it is no program.
     script = environment.get_template("report.js").render()
@@ -392,8 +390,10 @@ def _calibration(detail: Detail) -> dict[str, Any] | None:
         return None
     accuracy = found.accuracy
     rows = [
-        (m / BINS, (m + 1) / BINS, int(found.count[m]), found.confidence[m] / found.count[m])
-        + (float(accuracy[m]),)
+        (
+            *(m / BINS, (m + 1) / BINS, int(found.count[m])),
+            *(float(found.confidence[m] / found.count[m]), float(accuracy[m])),
+        )
         for m in range(BINS)
         if found.count[m]
     ]
@@ -517,7 +517,7 @@ def _comparison(found: Sequence[Run]) -> dict[str, Any]:
     for run in found:
         name = key.format(run.config["eval.network"])
         points = [(r["step"], 100 * r[name]) for r in run.records if name in r]
-        curves.append(tuple(zip(*points, strict=True)) if points else ((), ()))
+        curves.append(([step for step, _ in points], [miou for _, miou in points]))
     return {
         "runs": list(zip(names, labels, found, strict=True)),
         "names": names,
@@ -539,8 +539,8 @@ def _label_efficiency(found: Sequence[Run], labels: Sequence[str]) -> dict[str, 
     by_row: dict[str, dict[int, list[float]]] = {}
     for run, row in zip(found, labels, strict=True):
         if run.miou is not None and run.splits["labeled"]:
-            images = len(run.splits["labeled"])
-            by_row.setdefault(row, {}).setdefault(images, []).append(100 * run.miou)
+            points = by_row.setdefault(row, {})
+            points.setdefault(len(run.splits["labeled"]), []).append(100 * run.miou)
     if all(len(points) < 2 for points in by_row.values()):
         return None
     series = []
