@@ -13,10 +13,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from tiny import tiny_config
 
 from csc_jax import config as config_lib
-from csc_jax import data
+from csc_jax import data, main
 from csc_jax.errors import UserError
 from csc_jax.evaluation import detail as detail_lib
 from csc_jax.evaluation.score import load, score
@@ -179,6 +180,24 @@ def test_the_mode_measures_what_no_report_has_measured(whole, caplog, monkeypatc
     assert measured == [3, 6]
 
 
+def test_the_command_writes_a_report_of_several_runs(whole, copy, tmp_path, capsys):
+    def run(*arguments):
+        with flagsaver.flagsaver():
+            return main.main(["csc-jax", *arguments])
+
+    (whole[1] / "report.html").unlink()
+    assert run("--mode=report", f"--workdir={whole[1]}", f"--compare={copy},{copy}") == 0
+    page = Page((whole[1] / "report.html").read_text())
+    assert "comparison" in page.sections
+    assert "report.html" in capsys.readouterr().out
+    assert run("--mode=report", f"--workdir={whole[1]}", f"--compare={tmp_path}/none") == 2
+    assert "none/config.json cannot be read" in capsys.readouterr().err
+    assert run("--mode=evaluate", f"--workdir={whole[1]}", f"--compare={copy}") == 2
+    assert "--compare goes with --mode=report" in capsys.readouterr().err
+    assert run("--mode=report") == 2
+    assert "--workdir is missing" in capsys.readouterr().err
+
+
 def test_without_checkpoint_or_data_the_report_says_so(whole, copy, caplog):
     (copy / "evaluation" / "report.json").unlink()
     with caplog.at_level(logging.WARNING, "csc_jax"):
@@ -201,8 +220,11 @@ def test_names_are_escaped_and_made_visible(whole, copy, tmp_path):
         examples=(dataclasses.replace(detail.examples[0], name=image),),
     )
     detail_lib.save(detail, copy)
-    counted = {"labeled_images": 1, "pixels": {HOSTILE: 5}, "images": {HOSTILE: 0}}
-    (copy / "data.json").write_text(json.dumps({HOSTILE: counted | {"ignored_pixels": 0}}))
+    counted = {"labeled_images": 1, "pixels": {HOSTILE: 0, "b": 1}, "images": {HOSTILE: 0, "b": 1}}
+    counted |= {"ignored_pixels": 0, "values": {}}
+    (copy / "data.json").write_text(
+        json.dumps({HOSTILE: counted, "train": counted, "val": counted})
+    )
     (copy / "splits" / "labeled.txt").write_text(f"{HOSTILE}\n")
     changed(copy, data__root=HOSTILE, data__name=HOSTILE, data__labeled_list=f"/x/{HOSTILE}")
     other = shutil.copytree(copy, tmp_path / HOSTILE.replace("/", ""))
@@ -279,6 +301,11 @@ def test_rows_are_named_by_what_tells_them_apart(copy, tmp_path):
         ("metrics.jsonl", '{"step": 3, "train/loss": "<b>"}\n' + "9" * 500 + "\n"),
         ("launches.jsonl", '{"launch": 1}\n3\n{"launch": 1, "seconds": "x"}\n'),
         ("data.json", '{"train": {"labeled_images": 1, "pixels": 3}}'),
+        (
+            "data.json",
+            '{"train": {"labeled_images": 1, "pixels": {"a": 1, "b": -1}, "ignored_pixels": 0, '
+            '"images": {"a": 1, "b": 1}, "values": {}}}',
+        ),
         ("plots/panel_000006.png", "no picture"),
         ("splits/labeled.txt", "\udcff"),
     ],
@@ -372,14 +399,20 @@ def test_the_census_is_shown_where_there_is_one(copy):
             "ignored_pixels": 9,
             "values": {},
         },
-        "test": {"labeled_images": 0, "pixels": {}, "images": {}, "ignored_pixels": 0},
     }
-    assert "Labels: 16 of train" not in Page(report.page(copy)).text
+    nothing = dict.fromkeys(names, 0)
+    stored["val"] = {"labeled_images": 0, "pixels": nothing, "images": nothing}
+    stored["val"] |= {"ignored_pixels": 0, "values": {}}
+    page = Page(report.page(copy))  # as the training has left it
+    assert "Labels: 16 of train, 6 of val." in page.text
+    (copy / "data.json").unlink()
+    assert "Labels: " not in Page(report.page(copy)).text
     (copy / "data.json").write_text(json.dumps(stored))
     page = Page(report.page(copy))
     assert "sky 75.00 12" in page.text
-    assert "Labels: 16 of train." in page.text
-    assert "No label of train holds building, road, pavement, tree, pedestrian." in page.text
+    assert "Labels: 16 of train. Shares" in page.text
+    assert "0.89 % of the pixels of train are to be ignored" in page.text
+    assert "No train label holds building, road, pavement, tree, pedestrian; 2 of 7" in page.text
 
 
 def test_a_stored_config_without_the_field_still_gets_a_report(copy):

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 import csc_jax
 from csc_jax import config as config_lib
 from csc_jax import data, text
-from csc_jax.data import codec
+from csc_jax.data import census, codec
 from csc_jax.errors import UserError
 from csc_jax.evaluation import detail as detail_lib
 from csc_jax.evaluation.calibration import BINS
@@ -288,29 +288,29 @@ def _means(detail: Detail | None) -> list[float]:
     return [float(values.mean()) if values.size else math.nan for values in known]
 
 
-def _census(run: Run) -> list[dict[str, Any]]:
-    """A row for each class: its colour, where known, and what the labels of each split hold."""
-    names = dict.fromkeys(name for counts in run.census.values() for name in counts.pixels)
+def _census(run: Run) -> dict[str, Any] | None:
+    """What the labels of each split hold, class by class; None where nobody counted."""
+    splits = {split: counts for split, counts in run.census.items() if any(counts.pixels)}
+    if not splits:
+        return None
     scored = {row["name"]: row for row in _classes(run.detail)}
-    return [
+    rows = [
         {
             "name": name,
             "color": scored[name]["color"] if name in scored else None,
             "scored": scored[name]["share"] if name in scored else None,
-            "splits": [(c.share(name), c.images.get(name)) for c in run.census.values()],
+            "splits": [(c.pixels[i] / sum(c.pixels), c.images[i]) for c in splits.values()],
         }
-        for name in (*names, *(name for name in scored if name not in names))
+        for i, name in enumerate(run.counted)
     ]
+    return {"splits": splits, "rows": rows}
 
 
 def _warnings(run: Run) -> list[str]:
     """What a user should know of the data and of the run."""
-    lines = [
-        f"No label of {split} holds {', '.join(counts.absent[:10])}"
-        + (f" and {len(counts.absent) - 10} more classes." if len(counts.absent) > 10 else ".")
-        for split, counts in run.census.items()
-        if counts.absent
-    ]
+    lines = []
+    if {"train", "val"} <= run.census.keys():
+        lines += census.warnings(run.census, run.counted, str(run.config["data.name"]))
     if run.detail is not None and run.detail.step < run.step:
         lines.append(f"Measured at step {run.detail.step}; the run went on to {run.step}.")
     if run.step < run.config["train.steps"]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from csc_jax import config as config_lib
+from csc_jax.data.census import Counts
 from csc_jax.errors import UserError
 from csc_jax.evaluation import detail as detail_lib
 from csc_jax.reporting import compare
@@ -36,32 +37,6 @@ _NO_MATTER = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Census:
-    """The labels of a split.
-
-    Attributes:
-      labeled: images that have a label.
-      pixels, images: class name -> its pixels, and the images that hold it.
-      ignored: pixels of no class.
-    """
-
-    labeled: int
-    pixels: Mapping[str, int]
-    images: Mapping[str, int]
-    ignored: int
-
-    @property
-    def absent(self) -> list[str]:
-        """Names of the classes that no label holds."""
-        return [name for name, images in self.images.items() if not images]
-
-    def share(self, name: str) -> float | None:
-        """Returns a class's share of the pixels that count; None where it is not known."""
-        whole = sum(self.pixels.values())
-        return self.pixels[name] / whole if whole and name in self.pixels else None
-
-
-@dataclasses.dataclass(frozen=True)
 class Run:
     """A run.
 
@@ -72,7 +47,8 @@ class Run:
       launches: see `launches.py`.
       detail: see `detail.py`; None where nothing was measured.
       splits: "labeled" and "unlabeled" -> ids, as far as they were kept.
-      census: of the splits that have labels, from `data.json`; {} where there is none.
+      census: of each split, from `data.json`; {} where there is none.
+      counted: names of the classes of the census.
     """
 
     workdir: Path
@@ -81,7 +57,8 @@ class Run:
     launches: Sequence[Launch]
     detail: detail_lib.Detail | None
     splits: Mapping[str, tuple[str, ...]]
-    census: Mapping[str, Census]
+    census: Mapping[str, Counts]
+    counted: tuple[str, ...]
 
     @property
     def method(self) -> str:
@@ -153,6 +130,7 @@ def read_run(workdir: Path) -> Run:
         raise UserError(
             f"{path} cannot be read ({error}). Give the --workdir of a training run."
         ) from error
+    counted, census = _census(workdir / "data.json")
     try:
         records = [_numbers(record) for record in read_metrics(workdir)]
     except OSError:
@@ -164,7 +142,8 @@ def read_run(workdir: Path) -> Run:
         read_launches(workdir),
         detail_lib.load(workdir),
         {name: _ids(workdir / "splits" / f"{name}.txt") for name in ("labeled", "unlabeled")},
-        _census(workdir / "data.json"),
+        census,
+        counted,
     )
 
 
@@ -223,23 +202,32 @@ def _numbers(record: Any) -> dict[str, Any]:
     }
 
 
-def _census(path: Path) -> dict[str, Census]:
+def _census(path: Path) -> tuple[tuple[str, ...], dict[str, Counts]]:
+    """Returns the names of the classes and the census of each split, as `census.as_json` has it."""
     try:
         if path.stat().st_size > _MOST_BYTES:
-            return {}
+            return (), {}
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            str(split): Census(
-                int(counts["labeled_images"]),
-                {str(name): int(pixels) for name, pixels in counts["pixels"].items()},
-                {str(name): int(images) for name, images in counts["images"].items()},
-                int(counts["ignored_pixels"]),
+        splits = {str(split): c for split, c in stored.items() if isinstance(c, dict)}
+        names = tuple(next(iter(splits.values()))["pixels"])
+        return names, {
+            split: Counts(
+                labeled=_count(counts["labeled_images"]),
+                pixels=tuple(_count(counts["pixels"][name]) for name in names),
+                images=tuple(_count(counts["images"][name]) for name in names),
+                ignored=_count(counts["ignored_pixels"]),
+                values={int(value): _count(count) for value, count in counts["values"].items()},
             )
-            for split, counts in stored.items()
-            if isinstance(counts, dict) and counts["labeled_images"]
+            for split, counts in splits.items()
         }
-    except (OSError, LookupError, ArithmeticError, *_NOT_OURS):
-        return {}
+    except (OSError, LookupError, ArithmeticError, StopIteration, *_NOT_OURS):
+        return (), {}
+
+
+def _count(value: Any) -> int:
+    if int(value) < 0:
+        raise ValueError(f"{value} is no count")
+    return int(value)
 
 
 def _ids(path: Path) -> tuple[str, ...]:
