@@ -10,6 +10,11 @@ from csc_jax.models.layers import Conv
 from csc_jax.models.resnet import ResNet
 
 
+def _maps(features):
+    low, deep = features.levels
+    return low, features.middle, deep
+
+
 @pytest.mark.parametrize(
     ("depth", "parameters", "channels"),
     # torchvision's published totals less its fully connected layer
@@ -27,7 +32,7 @@ def test_backbone_has_the_published_size(depth, parameters, channels):
         lambda: network.init_with_output(jax.random.key(0), image, train=False)
     )
     assert models.count_parameters(variables["params"]) == parameters
-    assert tuple(f.shape[-1] for f in features) == channels
+    assert tuple(f.shape[-1] for f in _maps(features)) == channels
 
 
 @pytest.mark.parametrize(
@@ -47,7 +52,7 @@ def test_feature_maps_have_their_strides(stem, output_stride, low, middle, deep)
     features, _ = jax.eval_shape(
         lambda: network.init_with_output(jax.random.key(0), image, train=False)
     )
-    assert [f.shape[1:3] for f in features] == [low, middle, deep]
+    assert [f.shape[1:3] for f in _maps(features)] == [low, middle, deep]
 
 
 @pytest.mark.parametrize(
@@ -128,8 +133,8 @@ def test_efficientnet_strides_and_dilations(output_stride, sizes, strides, dilat
             lambda x: network.init_with_output(jax.random.key(0), x, train=False),
             jnp.zeros((1, 96, 128, 3)),
         )
-    assert [f.shape[1:3] for f in features] == sizes
-    assert [f.shape[-1] for f in features] == [24, 112, 320]
+    assert [f.shape[1:3] for f in _maps(features)] == sizes
+    assert [f.shape[-1] for f in _maps(features)] == [24, 112, 320]
     assert found == {i: (strides.get(i, 1), dilations.get(i, 1)) for i in range(16)}
 
 
