@@ -126,6 +126,13 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %slice = f32[1,64,8]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,64,8}
 }
 
+%outer (p.4: f32[10,64,8], p.5: s32[]) -> f32[1,64,8] {
+  %p.4 = f32[10,64,8]{2,1,0} parameter(0)
+  %p.5 = s32[] parameter(1)
+  %inner = f32[1,64,8]{2,1,0} fusion(%p.4, %p.5), kind=kLoop, calls=%fused_slice
+  ROOT %minus = f32[1,64,8]{2,1,0} negate(%inner)
+}
+
 %start (p.2: f32[64]) -> (f32[64], f32[4,64]) {
   %p.2 = f32[64] parameter(0)
   %gather.1 = f32[4,64] all-gather(%p.2), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
@@ -156,6 +163,7 @@ ENTRY %main (a: f32[2,20,20,64], k: f32[32,3,3,64], g: f32[2,10,10,32], s: f32[1
   %other = f32[64] fusion(%v), kind=kCustom, calls=%meanwhile
   %bare = f32[3,5] negate(%i)
   %one = f32[1,64,8]{2,1,0} fusion(%s, %i), kind=kLoop, calls=%fused_slice
+  %within = f32[1,64,8]{2,1,0} fusion(%s, %i), kind=kOutput, calls=%outer
   ROOT %out = f32[2,20,20,64]{3,2,1,0} get-tuple-element(%cudnn-conv.2), index=0
 }
 """  # noqa: E501
@@ -189,7 +197,8 @@ def test_memory_traffic_knows_tiles_slices_and_memory_on_the_chip():
     program = Program(TEXT)
     moved = {e.instruction.name: program.bytes_moved(e) for e in program.executions}
     assert moved["tiled"] == 2 * 168 * 128 * 2  # tiles of 8 x 128, factor on the chip
-    assert moved["one"] == 2 * 64 * 8 * 4 + 4  # one slice of ten read, one written, the index
+    # One slice of ten read, one written, the index; also where a fusion is within another.
+    assert moved["one"] == moved["within"] == 2 * 64 * 8 * 4 + 4
     assert moved["v"] == 4
     assert moved["bare"] == 3 * 5 * 4 + 4
     assert moved["out"] == moved["a"] == 0

@@ -171,13 +171,41 @@ class Program:
             return 2 * operands[1]
         if instruction.opcode in _SLICES:
             return 2 * instruction.stored
-        fused = self.computations.get(instruction.attribute("calls").lstrip("%"), {})
+        called = instruction.attribute("calls").lstrip("%")
+        fused = self.computations.get(called, {})
         written = instruction.stored
         root = next((line for line in fused.values() if line.is_root), None)
         if root is not None and root.opcode == "dynamic-update-slice":
             written = fused[root.operands[1]].stored
-        read = [_bytes_read(fused, i, whole) for i, whole in enumerate(operands)]
+        read = [self._bytes_read(called, i, whole) for i, whole in enumerate(operands)]
         return written + sum(map(min, read, operands))
+
+    def _bytes_read(self, called: str, number: int, whole: int) -> int:
+        """Returns how much a fusion reads of its operand of that number."""
+        fused = self.computations.get(called, {})
+        lines, read = fused.values(), 0
+        wanted = [
+            x.name
+            for x in lines
+            if x.opcode == "parameter" and x.attributes.startswith(f"{number})")
+        ]
+        while wanted:
+            name = wanted.pop()
+            for line in lines:
+                if name not in line.operands:
+                    continue
+                if line.opcode == "bitcast":
+                    wanted.append(line.name)
+                elif line.opcode in _SLICES and line.operands[0] == name:
+                    read += line.stored
+                elif line.opcode == "dynamic-update-slice" and line.operands[0] == name:
+                    continue  # what is there already stays
+                elif line.opcode == "fusion":  # one within another
+                    inner = line.attribute("calls").lstrip("%")
+                    read += self._bytes_read(inner, line.operands.index(name), whole)
+                else:
+                    return whole
+        return read if fused else whole
 
     def _walk(self, name: str, times: int, *, in_loop: bool) -> list[Execution]:
         found: list[Execution] = []
@@ -289,29 +317,6 @@ def _array(dtype: str, dims: str, layout: str) -> Array:
     on_chip = re.search(r"S\([1-9]", memory) is not None  # a TPU's vector or scalar memory
     stored = 0 if on_chip else math.ceil(size * math.prod(padded))
     return Array(dtype, sides, math.ceil(size * math.prod(sides)), stored)
-
-
-def _bytes_read(fused: dict[str, Instruction], number: int, whole: int) -> int:
-    """Returns how much a fusion reads of its operand of that number."""
-    lines = fused.values()
-    wanted = [
-        x.name for x in lines if x.opcode == "parameter" and x.attributes.startswith(f"{number})")
-    ]
-    read = 0
-    while wanted:
-        name = wanted.pop()
-        for line in lines:
-            if name not in line.operands:
-                continue
-            if line.opcode == "bitcast":
-                wanted.append(line.name)
-            elif line.opcode in _SLICES and line.operands[0] == name:
-                read += line.stored
-            elif line.opcode == "dynamic-update-slice" and line.operands[0] == name:
-                continue  # what is there already stays
-            else:
-                return whole
-    return read if fused else whole
 
 
 def _group(attributes: str) -> int:
