@@ -113,7 +113,7 @@ def test_lengths_are_resolved_into_steps():
         ([SYNTHETIC, "--config.threshold=0.3"], r"--config.method.pseudo_label.threshold"),
         ([SYNTHETIC, "--config.train=3"], r"is a section, not a field"),
         ([SYNTHETIC, "--wokdir=x"], r"wokdir.*Did you mean: workdir"),
-        ([SYNTHETIC, "--mode=test"], r"mode=test.*train\|evaluate\|predict"),
+        ([SYNTHETIC, "--mode=test"], r"mode=test.*train\|evaluate\|report\|predict"),
         ([SYNTHETIC], "--workdir is missing"),
         ([SYNTHETIC, "train"], "'train' is no flag"),
         (["--workdir=x"], "--config is missing"),

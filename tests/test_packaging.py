@@ -98,6 +98,7 @@ def test_the_wheel_finds_its_configs_by_name_wherever_it_is_called(tmp_path, mon
     shipped = tmp_path / "site" / "csc_jax" / "configs"
     sources = sorted((ROOT / "configs").glob("*.py"))
     assert [path.name for path in sorted(shipped.iterdir())] == [path.name for path in sources]
+    assert (tmp_path / "site" / "csc_jax" / "reporting" / "templates" / "report.css").is_file()
     (tmp_path / "elsewhere").mkdir()
     done = subprocess.run(
         # A file that loads another.

@@ -266,7 +266,7 @@ def test_running_mean_is_centred():
 def test_drawing_needs_neither_display_nor_pyplot(tmp_path):
     code = (
         "import sys, pathlib, numpy as np\n"
-        "from csc_jax import visualize\n"
+        "from csc_jax.reporting import visualize\n"
         f"visualize.save_curves(pathlib.Path({str(tmp_path / 'c.png')!r}), "
         "[{'step': 1, 'train/loss': 1.0}])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
