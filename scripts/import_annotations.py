@@ -83,13 +83,13 @@ def import_annotations(
     if subfolder and (len(Path(subfolder).parts) != 1 or subfolder in ("..", "/", os.sep)):
         raise UserError(f"--subfolder={subfolder} is no name of one folder, such as train.")
     found = lib.read(source)
+    names = tuple(lib.class_order(found, background))
     if classes:
         listed = read_classes(classes)
         names, palette = listed.names, listed.palette
-    else:
-        names = tuple(lib.class_order(found, background))
+    elif 2 <= len(names) <= MAX_CLASSES:
         palette = _palette(names, found)
-    if not 2 <= len(names) <= MAX_CLASSES:
+    else:
         raise UserError(
             f"{source} has {len(names)} classes with the background; it takes 2 to {MAX_CLASSES}."
         )
@@ -97,10 +97,25 @@ def import_annotations(
     drawn = [image for image in found.images if image.shapes or label_empty]
     if not drawn:
         raise UserError(f"{source} has no image with a shape that has an area.")
+    _check_place(out, subfolder, names)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_classes(out / "classes.txt", names, palette)
-        written = _write_labels(out, subfolder, drawn, ids, outside, palette)
+        scratch = Path(tempfile.mkdtemp(dir=out, prefix=".import_"))
+        try:
+            _write_classes(scratch / "classes.txt", names, palette)
+            for image in drawn:
+                path = scratch / "labels" / f"{image.name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(_with_palette(lib.draw(image, ids, outside), palette))
+            target = out / "labels" / subfolder
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target.rmdir()
+            (scratch / "labels").replace(target)
+            if not (out / "classes.txt").exists():
+                (scratch / "classes.txt").replace(out / "classes.txt")
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{out} cannot be written: {error}. Make room, or choose another --out."
@@ -110,8 +125,8 @@ def import_annotations(
     bare = len(found.images) - len(drawn)
     if bare:
         log.info("%d images have no shape and get no label (see --empty)", bare)
-    log.info("%d labels of %d classes are in %s", len(written), len(names), out)
-    return written
+    log.info("%d labels of %d classes are in %s", len(drawn), len(names), out)
+    return [target / f"{image.name}.png" for image in drawn]
 
 
 def _palette(names: Sequence[str], found: lib.Annotations) -> np.ndarray:
@@ -122,64 +137,43 @@ def _palette(names: Sequence[str], found: lib.Annotations) -> np.ndarray:
     return own if len(np.unique(own, axis=0)) == len(own) else palette
 
 
-def _write_classes(path: Path, names: Sequence[str], palette: np.ndarray) -> None:
-    lines = [
-        f"{name} {' '.join(map(str, color))}" for name, color in zip(names, palette, strict=True)
-    ]
-    content = "".join(f"{line}\n" for line in lines)
-    if path.exists():
-        there = read_classes(path)
-        if there.names != tuple(names):
-            raise UserError(
-                f"{path} is there and has other classes, or another order, than these annotations: "
-                f"name it with --classes={path}, or choose another --out."
-            )
-        return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".import_") as scratch:
-        unfinished = Path(scratch) / path.name
-        unfinished.write_text(content, encoding="utf-8")
-        try:
-            read_back = read_classes(unfinished).names
-        except UserError:
-            read_back = ()
-        if read_back != tuple(names):
-            raise UserError(
-                "A name of a class is none that a class list can hold: "
-                f"{', '.join(map(text.name, names))[:500]}. Rename it."
-            )
-        unfinished.replace(path)
-
-
-def _write_labels(
-    out: Path,
-    subfolder: str,
-    images: Sequence[lib.Annotated],
-    ids: dict[str, int],
-    outside: int,
-    palette: np.ndarray,
-) -> list[Path]:
-    target = out / "labels" / subfolder
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is there and not empty. Remove it, or choose another --out.")
-    colors = np.zeros((256, 3), np.uint8)
-    colors[: len(palette)] = palette
-    scratch = Path(tempfile.mkdtemp(dir=out, prefix=".import_"))
+def _check_place(out: Path, subfolder: str, names: Sequence[str]) -> None:
+    target, classes = out / "labels" / subfolder, out / "classes.txt"
     try:
-        for image in images:
-            path = scratch / "labels" / f"{image.name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture = Image.fromarray(lib.draw(image, ids, outside))
-            picture.putpalette(colors.tobytes())
-            content = io.BytesIO()
-            picture.save(content, "png")
-            path.write_bytes(content.getvalue())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            target.rmdir()
-        (scratch / "labels").replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return [target / f"{image.name}.png" for image in images]
+        taken, listed = target.exists() and any(target.iterdir()), classes.exists()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{target} cannot be read: {error}. Choose another --out.") from error
+    if taken:
+        raise UserError(f"{target} is there and not empty. Remove it, or choose another --out.")
+    if listed and read_classes(classes).names != tuple(names):
+        raise UserError(
+            f"{classes} is there and has other classes, or another order, than these annotations: "
+            f"name it with --classes={classes}, or choose another --out."
+        )
+
+
+def _write_classes(path: Path, names: Sequence[str], palette: np.ndarray) -> None:
+    colors = (" ".join(map(str, color)) for color in palette)
+    lines = [f"{name} {color}\n" for name, color in zip(names, colors, strict=True)]
+    path.write_text("".join(lines), encoding="utf-8")
+    try:
+        read_back: Sequence[str] = read_classes(path).names
+    except UserError:
+        read_back = ()
+    if read_back != tuple(names):
+        raise UserError(
+            "A name of a class is none that a class list can hold: "
+            f"{', '.join(map(text.name, names))[:500]}. Rename it."
+        )
+
+
+def _with_palette(label: np.ndarray, palette: np.ndarray) -> bytes:
+    colors = np.zeros((256, 3), np.uint8)  # with fewer, Pillow would write fewer bits a pixel
+    colors[: len(palette)] = palette
+    picture, content = Image.fromarray(label), io.BytesIO()
+    picture.putpalette(colors.tobytes())
+    picture.save(content, "png")
+    return content.getvalue()
 
 
 if __name__ == "__main__":

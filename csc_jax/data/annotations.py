@@ -448,8 +448,14 @@ def _cvat_image(image: ElementTree.Element, skipped: Counter[str]) -> Annotated:
 def _cvat_mask(
     element: ElementTree.Element,
 ) -> _Mask | None:
+    def number(name: str, default: str | None = None) -> float:
+        value = float(_text(element.get(name, default), "a number"))
+        if not np.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+        return value
+
     def numbers(*names: str) -> list[float]:
-        return [float(_text(element.get(name), "a number")) for name in names]
+        return [number(name) for name in names]
 
     if element.tag == "polygon":
         points = _text(element.get("points"), "points").split(";")
@@ -459,7 +465,7 @@ def _cvat_mask(
             outline = _box(*numbers("xtl", "ytl", "xbr", "ybr"))
         else:
             outline = _ellipse(*numbers("cx", "cy", "rx", "ry"))
-        angle = np.deg2rad(float(element.get("rotation", "0")))
+        angle = np.deg2rad(number("rotation", "0"))
         centre = outline.mean(0)
         turn = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
         return _filled([(outline - centre) @ turn + centre], round_=True)
