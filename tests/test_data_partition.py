@@ -201,3 +201,20 @@ def test_lists_in_two_columns_are_read_as_they_are(
         UserError, match=r"and \d+ more of the split val, which is never trained on"
     ):
         data.partition(config, dataset, 0)
+
+
+def test_the_first_column_decides_whatever_the_second_names(tmp_path):
+    dataset = counted_dataset(["a", "b", "c d", "e.png", "e"])
+    for line, name in (
+        ("images/a.jpg labels/b.png", "a"),
+        ("images/a labels/b", "a"),
+        ("c d", "c d"),
+        ("images/c d\tlabels/b", "c d"),
+        ("e.png.jpg", "e.png"),
+        ("e.jpg", "e"),
+    ):
+        config = lists_config(tmp_path, f"{line}\n".encode())
+        assert data.partition(config, dataset, 0).labeled == (name,), line
+    for line in ("images/x.jpg labels/b.png", "images/x labels/b", "x,b", "a b"):
+        with pytest.raises(UserError, match="not in the train split"):
+            data.partition(lists_config(tmp_path, f"{line}\n".encode()), dataset, 0)

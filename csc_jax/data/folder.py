@@ -60,6 +60,11 @@ def find(config: ConfigDict) -> Listing:
     by_folder = _splits_of_folders(images.found, root)
     of_image = {_key(name, by_folder): name for name in _by_stem(images.found)}
     label_of = _labels(labels, of_image, by_folder, root)
+    if images.found and not label_of:
+        raise UserError(
+            f"data.root {root} has {len(images.found)} images and no label for any of them"
+            f"{labels.passed_over()}; the label of images/PATH.jpg is labels/PATH.png."
+        )
     meaning = _meaning(config.folder.label_values, classes, path)
     notes = Notes()
     pairs = [

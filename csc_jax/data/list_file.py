@@ -14,8 +14,9 @@ from csc_jax import paths
 from csc_jax.data import files
 
 _SUFFIXES = "|".join(re.escape(suffix) for suffix in files.IMAGE_SUFFIXES)
-_FIRST_PATH = re.compile(rf"(.+?(?:{_SUFFIXES}))(?:[\s,;|].*)?", re.IGNORECASE)
+_FIRST_PATH = re.compile(rf"(.+?(?:{_SUFFIXES}))[\"']?(?:[\s,;|].*)?", re.IGNORECASE)
 _END = re.compile(rf"(_leftImg8bit)?({_SUFFIXES})?$", re.IGNORECASE)  # Cityscapes' and any
+_ANY_SUFFIX = files.IMAGE_SUFFIXES[0]
 _ROOTS = ("images", "leftimg8bit", "jpegimages")  # what data sets keep their images in
 _TRAIN = re.compile(r"train(ing)?([-_]?\d{4})?", re.IGNORECASE)
 _OTHER_SPLIT = re.compile(r"train_extra|(val(id(ation)?)?|test(ing)?)([-_]?\d{4})?", re.IGNORECASE)
@@ -34,26 +35,35 @@ class Ids:
 
     def __init__(self, ids: Iterable[str]):
         self._ids = {_composed(name): name for name in ids}
-        self._names = {_name(name): name for name in self._ids.values()}
+        self._names: dict[_Name, str] = {}
         self._ends: dict[_Name, str | None] = {}  # None where several images end so
-        for name, of in self._names.items():
-            for start in range(1, len(name)):
-                end = name[start:]
-                self._ends[end] = None if self._ends.get(end, of) != of else of
+        # As they are, and then without a suffix of their own, where they have one.
+        for end in (_ANY_SUFFIX, ""):
+            for of in self._ids.values():
+                self._add(_name(of + end), of)
+
+    def _add(self, name: _Name, of: str) -> None:
+        self._names.setdefault(name, of)
+        for start in range(1, len(name)):
+            end = name[start:]
+            self._ends[end] = None if self._ends.get(end, of) != of else of
 
     def find(self, line: str) -> str | None:
         """Returns the id that a line means, None if it means none."""
         line = _composed(line)
-        for text in (line, line.strip(), *_first_columns(line.strip())):
-            if found := self._ids.get(text) or self._find(_name(text)):
+        for text in (line, line.strip()):
+            if text in self._ids:
+                return self._ids[text]
+        for column, is_certain in _first_columns(line.strip()):
+            if found := self._ids.get(column) or self._find(_name(column), is_certain):
                 return found
         return None
 
-    def _find(self, name: _Name) -> str | None:
+    def _find(self, name: _Name, may_have_more: bool) -> str | None:
         if found := self._names.get(name) or self._ends.get(name):
             return found
         foreign = False
-        for start in range(1, len(name)):
+        for start in range(1, len(name) if may_have_more else 0):
             folder = name[start - 1]
             foreign = not _TRAIN.fullmatch(folder) and (
                 foreign or _OTHER_SPLIT.fullmatch(folder) is not None
@@ -73,13 +83,20 @@ def _composed(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _first_columns(line: str) -> list[str]:
-    """Returns what may be the first column, as names may hold blanks; without quotes."""
+def _first_columns(line: str) -> list[tuple[str, bool]]:
+    """Returns what may be the first column, without quotes, and whether it is no more than that.
+
+    Names may hold blanks, so that a column ends for certain only behind the suffix of an image.
+    """
     if match := _FIRST_PATH.fullmatch(line):
         columns = [match[1]]
     else:
-        columns = [re.split(r"[\t,;|]", line, maxsplit=1)[0], line.split()[0]]
-    return [column.strip().strip("\"'") for column in columns]
+        columns = [
+            line.split()[0] if line.split() else "",
+            re.split(r"[\t,;|]", line, maxsplit=1)[0],
+        ]
+    certain = match is not None
+    return [(column.strip().strip("\"'"), certain or " " not in column) for column in columns]
 
 
 def _name(text: str) -> _Name:
