@@ -203,18 +203,18 @@ def test_lists_in_two_columns_are_read_as_they_are(
         data.partition(config, dataset, 0)
 
 
-def test_the_first_column_decides_whatever_the_second_names(tmp_path):
+def test_the_second_column_names_no_other_image(tmp_path):
     dataset = counted_dataset(["a", "b", "c d", "e.png", "e"])
     for line, name in (
-        ("images/a.jpg labels/b.png", "a"),
-        ("images/a labels/b", "a"),
+        ("images/a.jpg labels/a_mask.png", "a"),
+        ("images/a labels/a", "a"),
         ("c d", "c d"),
-        ("images/c d\tlabels/b", "c d"),
+        ("images/c d\tlabels/c d", "c d"),
         ("e.png.jpg", "e.png"),
         ("e.jpg", "e"),
     ):
         config = lists_config(tmp_path, f"{line}\n".encode())
         assert data.partition(config, dataset, 0).labeled == (name,), line
-    for line in ("images/x.jpg labels/b.png", "images/x labels/b", "x,b", "a b"):
+    for line in ("images/x.jpg labels/b.png", "images/x labels/b", "x,b", "a b", "a.jpg b.png"):
         with pytest.raises(UserError, match="not in the train split"):
             data.partition(lists_config(tmp_path, f"{line}\n".encode()), dataset, 0)

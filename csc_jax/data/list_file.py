@@ -56,7 +56,10 @@ class Ids:
                 return self._ids[text]
         for column, is_certain in _first_columns(line.strip()):
             if found := self._ids.get(column) or self._find(_name(column), is_certain):
-                return found
+                # Another image behind it is a second id, or a label that is not this image's.
+                others = re.split(r"[\s,;|]+", line.strip()[len(column) :])
+                named = {self._find(_name(text.strip("\"'")), True) for text in others}
+                return found if named <= {None, found} else None
         return None
 
     def _find(self, name: _Name, may_have_more: bool) -> str | None:
