@@ -31,7 +31,13 @@ def find(value: str) -> str:
     """
     text, colon, argument = value.partition(":")
     path = Path(text)
-    if path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a folder on the way that may not be looked into
+        raise UserError(
+            f"--config={text} cannot be read: {error.strerror}. Grant access to it."
+        ) from error
+    if there:
         return value
     name = path.stem if path.suffix == ".py" else path.name
     if path.parent in (Path(), Path("configs")) and name in names():
