@@ -74,7 +74,7 @@ def test_values_are_as_stored_and_classes_as_trained_on(tmp_path):
 def test_values_of_any_type_and_size_are_counted(dtype):
     rng = np.random.default_rng(0)
     values = rng.choice(np.array([0, 7, 200, 255 if dtype is np.uint8 else 40_000]), (50, 70))
-    facts = census.facts(b"image", np.zeros((50, 70), np.uint8), values.astype(dtype))
+    facts = census.facts("", np.zeros((50, 70), np.uint8), values.astype(dtype))
     assert dict(facts.values) == counted([values])
 
 
@@ -82,21 +82,41 @@ def test_more_pixels_than_a_float_counts_are_exact(monkeypatch):
     """OpenCV's histogram is of float32: above 2^24 px of one value it is no longer exact."""
     label = np.zeros((4100, 4100), np.uint8)
     label[0, 0] = 1
-    facts = census.facts(b"", label, None)
+    facts = census.facts("", label, None)
     assert facts.ids[:2] == (4100 * 4100 - 1, 1)
 
 
 def test_a_digest_changes_with_the_image_and_with_the_label():
-    image, label = picture(0), np.zeros(SIZE, np.uint8)
-    first = census.facts(image, label, None).digest
-    other_image, other_label = picture(1), label.copy()
+    label = np.zeros(SIZE, np.uint8)
+    first = census.digest(b"image", label)
+    other_label = label.copy()
     other_label[3, 3] = 1
     assert len(first) == 24
-    assert census.facts(image.copy(), label.copy(), None).digest == first
-    changed_image = census.facts(other_image, label, None).digest
-    assert (changed_image[:16] == first[:16], changed_image[16:] == first[16:]) == (False, True)
-    changed_label = census.facts(image, other_label, None).digest
-    assert (changed_label[:16] == first[:16], changed_label[16:] == first[16:]) == (True, False)
+    assert census.digest(b"image", label.copy()) == first
+    for other_image in (b"imagf", b"jmage", b"image "):
+        changed_image = census.digest(other_image, label)
+        assert changed_image[:16] != first[:16]
+        assert changed_image[16:] == first[16:]
+    changed_label = census.digest(b"image", other_label)
+    assert changed_label[:16] == first[:16]
+    assert changed_label[16:] != first[16:]
+
+
+def test_digests_are_those_of_the_files_whatever_becomes_of_them(tmp_path):
+    """Resizing, which may differ by a rounding from machine to machine, does not change them."""
+    root = trees.camvid_tree(tmp_path / "root")
+    whole = data.load(data_config(tmp_path).data).sources["val"]
+    small = data.load(data_config(tmp_path, image_size=(6, 8)).data).sources["val"]
+    assert whole.digests == small.digests
+    files = [root / f"images/val/val é{i}.jpg" for i in range(3)]
+    ids = [np.random.default_rng(i).integers(0, 12, SIZE, np.uint8) for i in range(3)]
+    assert list(whole.digests) == [
+        census.digest(file.read_bytes(), np.where(label == 11, 255, label).astype(np.uint8))
+        for file, label in zip(files, ids, strict=True)
+    ]
+    drawn = data_config(tmp_path, name="synthetic", synthetic__train=3, synthetic__val=2)
+    sources = data.load(drawn.data).sources
+    assert len({*sources["train"].digests, *sources["val"].digests}) == 5
 
 
 def test_the_table_has_a_line_a_class(tmp_path, caplog):

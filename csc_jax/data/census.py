@@ -26,7 +26,7 @@ class Facts:
     """What is known of one image and its label.
 
     Attributes:
-      digest: of the image as it is stored and of the class ids, 16 and 8 hexadecimal digits.
+      digest: of both as the user has them (`digest`).
       ids: pixels of each of the 256 class ids in the label as it is stored; 255 = ignored.
       values: pixels of each value of the user's label; {} for one that is in colours or computed.
     """
@@ -41,22 +41,30 @@ class Facts:
         return sum(1 << i for i, pixels in enumerate(self.ids[:IGNORE]) if pixels)
 
 
-def facts(image: bytes | np.ndarray, label: np.ndarray, values: np.ndarray | None) -> Facts:
+def facts(content: str, label: np.ndarray, values: np.ndarray | None) -> Facts:
     """Counts one image.
 
     Args:
-      image: as it will be stored: the bytes of the user's file, or pixels (H, W, 3) uint8.
+      content: its digest, of `digest`.
       label: (H, W) uint8 class ids, as they will be stored.
       values: the user's label, (H, W) of an integer type; None where there is none or in colours.
     """
-    pixels = np.frombuffer(image, np.uint8) if isinstance(image, bytes) else image
-    content = np.ascontiguousarray(pixels).reshape(-1).data
-    # Against accidents, not against anybody: two checksums take a quarter of the time of a hash.
-    middle = len(content) // 2
-    halves = zlib.crc32(content[:middle]), zlib.crc32(content[middle:])
-    digest = "".join(f"{x:08x}" for x in (*halves, zlib.crc32(np.ascontiguousarray(label).data)))
     stored = {} if values is None or values.ndim != 2 else _count_values(values)
-    return Facts(digest, tuple(_histogram(label, 256).tolist()), stored)
+    return Facts(content, tuple(_histogram(label, 256).tolist()), stored)
+
+
+def digest(image: bytes, label: bytes | np.ndarray) -> str:
+    """Returns 24 hexadecimal digits, 16 of them of the image alone.
+
+    They are to be the same on any machine. Therefore both are taken before anything is resized: an
+    image as its own file has it, a label as class ids, (H, W) uint8.
+    """
+    # Against accidents, not against anybody: checksums take a quarter of the time of a hash.
+    middle = len(image) // 2
+    whole = memoryview(image)
+    ids = label if isinstance(label, bytes) else np.ascontiguousarray(label).reshape(-1).data
+    parts = zlib.crc32(whole[:middle]), zlib.crc32(whole[middle:]), zlib.crc32(ids)
+    return "".join(f"{part:08x}" for part in parts)
 
 
 @dataclasses.dataclass(frozen=True)
