@@ -56,7 +56,9 @@ def update_ema(teacher: Network, student: Network, decay: Array) -> Network:
 
 @jax.jit  # so that JAX traces it once for all arrays of a shape
 def _mix(decay: Array, teacher: Array, student: Array) -> Array:
-    return decay * teacher + (1.0 - decay) * student
+    mixed = decay * teacher + (1.0 - decay) * student
+    # What is equal stays so, unrounded: a frozen backbone is the same in both for good.
+    return jnp.where(teacher == student, teacher, mixed)
 
 
 def teacher_decay(step: Array, start: int, limit: float) -> Array:

@@ -21,6 +21,16 @@ PARTS = 2
 SIZE = (4, 32, 32)
 
 
+def in_parts(method, parts, state, batch, key):
+    """Returns what `accumulated` makes of a method's loss."""
+
+    def loss(params, state, batch, key):
+        return method.loss(params, state, batch, key)
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    return accumulated(grad, parts, state.trained, state, batch, key)
+
+
 class WithoutBatchNorm(nn.Module):
     """Two convolutions, of which each image has its own result."""
 
@@ -50,7 +60,7 @@ def test_without_batch_norm_the_parts_make_the_whole(parts):
     batch, key = toy_batch(size=SIZE), jax.random.key(0)
     grad = jax.value_and_grad(method.loss, has_aux=True)
     (loss, outputs), gradients = jax.jit(grad)(state.trained, state, batch, key)
-    run = jax.jit(lambda *given: accumulated(method, parts, *given))
+    run = jax.jit(lambda *given: in_parts(method, parts, *given))
     (of_parts, outputs_of_parts), gradients_of_parts = run(state, batch, key)
     np.testing.assert_allclose(of_parts, loss, rtol=1e-6)
     np.testing.assert_allclose(outputs_of_parts.metrics["loss_s"], outputs.metrics["loss_s"], 1e-6)
@@ -70,7 +80,7 @@ def test_each_part_has_other_images_and_all_are_seen():
     loss = jax.jit(method.loss)
     alone = [loss(state.trained, state, halves[i], jax.random.key(0))[0] for i in range(4)]
     assert len(set(map(float, alone))) == 4
-    (total, _), _ = accumulated(method, 4, state, batch, jax.random.key(0))
+    (total, _), _ = in_parts(method, 4, state, batch, jax.random.key(0))
     np.testing.assert_allclose(total, np.mean(alone), rtol=1e-6)
 
 
@@ -81,8 +91,8 @@ def test_every_method_steps_with_the_shapes_of_a_whole_batch(name):
     whole, _ = toy_method(method__name=name, model__projection_dim=4)
     key = jax.random.key(0)
     outputs = jax.eval_shape(lambda: whole.loss(state.trained, state, batch, key)[1])
-    in_parts = jax.eval_shape(lambda: accumulated(method, PARTS, state, batch, key)[0][1])
-    forms = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), x) for x in (outputs, in_parts)]
+    of_parts = jax.eval_shape(lambda: in_parts(method, PARTS, state, batch, key)[0][1])
+    forms = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), x) for x in (outputs, of_parts)]
     assert forms[0] == forms[1]
     after, _ = jax.eval_shape(lambda: train_step(method, tx, 0, state, batch))
     assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from csc_jax.errors import UserError
+from csc_jax.models.resize import nearest_multiple
 from csc_jax.parallel.sharding import batch_sharding, place_whole
 
 log = logging.getLogger("csc_jax")
@@ -49,6 +50,7 @@ def make_predictor(
     window: tuple[int, int],
     mesh: Mesh,
     size_multiple: int = 1,
+    patch: int = 1,
     fill: Sequence[float] = (0.0, 0.0, 0.0),
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
@@ -71,6 +73,8 @@ def make_predictor(
       mesh: has an axis `data`, over which the batch is split.
       size_multiple: px; the sides of images are padded, below and on the right, to the next
         multiple. 1 pads nothing.
+      patch: px; what the network sees is resized to sides that are the nearest multiples of it, and
+        its logits back. 1 resizes nothing.
       fill: RGB, 0..255, of the padding.
       scales: ratios to which the images are resized; at least one.
       flip: whether each scale is seen mirrored, too.
@@ -95,6 +99,8 @@ def make_predictor(
             "px. Set --config.eval.window=H,W, or (0, 0) to take data.crop_size."
         )
     logits = functools.partial(_at_size, logits_fn, logits_size)
+    if patch > 1:
+        logits = functools.partial(_in_patches, logits, patch, fill)
     if mode == "sliding":
         logits = functools.partial(_sliding, logits, window, num_classes)
     if flip or tuple(scales) != (1.0,):
@@ -204,6 +210,35 @@ def _at_size(
     return _resize(logits_fn(variables, images), logits_size(size), size, images.shape[1:3])
 
 
+def _in_patches(
+    logits: Logits,
+    patch: int,
+    fill: Sequence[float],
+    variables: Any,
+    images: jax.Array,
+    size: jax.Array,
+) -> jax.Array:
+    """(B, H, W, 3) images -> (B, H, W, C) logits of the image at a size of whole patches."""
+    shape = images.shape[1:3]
+    whole_shape = tuple(nearest_multiple(length, patch) for length in shape)
+    whole = nearest_multiple(size, patch)
+    seen = _resized(images, size, whole, whole_shape, fill)
+    return _resize(logits(variables, seen, whole), whole, size, shape)
+
+
+def _resized(
+    images: jax.Array,
+    size: jax.Array,
+    new_size: jax.Array,
+    new_shape: Sequence[int],
+    fill: Sequence[float],
+) -> jax.Array:
+    """Resizes the picture in (B, H, W, 3) as `_resize` does; `fill` is around it."""
+    resized = _resize(images.astype(jnp.float32), size, new_size, new_shape)
+    inside = _inside(new_size, new_shape)[None, :, :, None]
+    return jnp.where(inside, resized, jnp.array(fill, jnp.float32)[None, None, None])
+
+
 def _sliding(
     of_window: Logits,
     window: tuple[int, int],
@@ -286,9 +321,7 @@ def _averaged(
         if scale != 1:
             view_size = _scaled(size, scale)
             view_shape = tuple(int(n) for n in _scaled(np.array(shape), scale))
-            view = _resize(images.astype(jnp.float32), size, view_size, view_shape)
-            inside = _inside(view_size, view_shape)[None, :, :, None]
-            view = jnp.where(inside, view, jnp.array(fill, jnp.float32)[None, None, None])
+            view = _resized(images, size, view_size, view_shape, fill)
         # A scan, so that the network is in the program once for each scale.
         add = functools.partial(add_view, view, view_size)
         total, _ = jax.lax.scan(add, total, mirrorings)

@@ -162,6 +162,19 @@ class Method:
         """Returns the arrays that the method owns beside networks and bank."""
         return {}
 
+    def trainable(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Returns what learns of the parameters of trained networks, by name.
+
+        It is all of them, or with `model.freeze_backbone` what is not under "backbone": that gets
+        no gradient, and nothing is kept for it in the optimizer's state.
+        """
+        if not self.task.config.model.freeze_backbone:
+            return params
+        return {
+            network: {name: tree for name, tree in parts.items() if name != "backbone"}
+            for network, parts in params.items()
+        }
+
     def optimizers(self) -> dict[str, optax.GradientTransformation]:
         """Returns one optimizer per trained network; by default the configured one for each."""
         names = ["student", *jax.eval_shape(self.init_companions, jax.random.key(0))]

@@ -14,6 +14,7 @@ next one of the batch (theirs: the batch in reverse order); colours are not roun
 levels, and the blur is a Gaussian (theirs: Pillow's, three box blurs).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -43,17 +44,12 @@ class UniMatchV2(Method):
         strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
 
         def with_fewer_channels(features: Features) -> Features:
-            # Levels of one width lose the same channels, as those of a transformer in their code.
-            widths = list(dict.fromkeys(x.shape[-1] for x in features.levels))
-            share_key, *keys = jax.random.split(feature_key, 1 + len(widths))
-            dropped = draw_dropped(share_key, weak.shape[0], config.unimatch_v2.dropped)
-
-            def drop(x: Array) -> Array:
-                key = keys[widths.index(x.shape[-1])]
-                of_labeled, x1, x2 = shared.split(x, labeled["image"], strong1, strong2)
-                return shared.join(of_labeled, *drop_complementary(key, x1, x2, dropped))
-
-            return features._replace(levels=tuple(map(drop, features.levels)))
+            views = [shared.split(x, labeled["image"], strong1, strong2) for x in features.levels]
+            of_labeled, first, second = zip(*views, strict=True)
+            share = config.unimatch_v2.dropped
+            dropped = drop_in_levels(feature_key, first, second, share)
+            levels = (shared.join(x, *pair) for x, pair in zip(of_labeled, dropped, strict=True))
+            return features._replace(levels=tuple(levels))
 
         student, batch_stats = task.train_forward(
             params["student"],
@@ -95,6 +91,27 @@ class UniMatchV2(Method):
         counted = jnp.ones(images.shape[:3], bool) if inside is None else inside
         threshold = self.task.config.method.unimatch_v2.threshold
         return shared.confident_labels(logits, counted, threshold)
+
+
+def drop_in_levels(
+    key: Array, first: Sequence[Array], second: Sequence[Array], share: float
+) -> list[tuple[Array, Array]]:
+    """Returns levels whose two views of each image have lost complementary channels.
+
+    Levels of one width lose the same ones, as the four of a transformer do in their code.
+
+    Args:
+      key: random key.
+      first, second: (B, h, w, K) each, by level, of the two views of the same images.
+      share: of the images that lose channels.
+    """
+    widths = list(dict.fromkeys(x.shape[-1] for x in first))
+    share_key, *keys = jax.random.split(key, 1 + len(widths))
+    dropped = draw_dropped(share_key, first[0].shape[0], share)
+    return [
+        drop_complementary(keys[widths.index(x1.shape[-1])], x1, x2, dropped)
+        for x1, x2 in zip(first, second, strict=True)
+    ]
 
 
 def draw_dropped(key: Array, images: int, share: float) -> Array:

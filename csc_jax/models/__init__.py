@@ -15,10 +15,10 @@ from csc_jax.models.deeplabv3plus import DeepLabV3Plus
 from csc_jax.models.dpt import DPT
 from csc_jax.models.initialize import initialize
 from csc_jax.models.layers import Features, Outputs
-from csc_jax.models.resize import resize_aligned
+from csc_jax.models.resize import nearest_multiple, resize_aligned
 from csc_jax.models.resnet import DEPTHS, STEMS
 from csc_jax.models.segmenter import Segmenter
-from csc_jax.models.vit import FORMS, nearest_multiple
+from csc_jax.models.vit import FORMS
 
 __all__ = [
     "DPT",

@@ -37,7 +37,7 @@ class DeepLabV3Plus(nn.Module):
     # The same for the projection head: two 3x3 convolutions more, and none of its maps is there
     # when memory is tightest, in the loss at full size. None: unless the device is a CPU.
     remat_projection: bool | None = None
-    frozen: bool = False  # the backbone: no gradient, its statistics as they are
+    frozen: bool = False  # the backbone does in training what it does in evaluation
 
     @property
     def patch(self) -> int:
@@ -88,8 +88,6 @@ class DeepLabV3Plus(nn.Module):
             dtype=self.dtype,
             remat=self.remat,
         )(x, train and not self.frozen)
-        if self.frozen:
-            features = jax.lax.stop_gradient(features)
         if perturb is not None:
             features = perturb(features)
 

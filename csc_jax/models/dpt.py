@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from csc_jax.models.convolution import convolve
 from csc_jax.models.layers import Conv, Features, Outputs, draw_kernel, drop_maps, parameter
-from csc_jax.models.resize import resize_aligned
-from csc_jax.models.vit import FORMS, ViT, nearest_multiple
+from csc_jax.models.resize import nearest_multiple, resize_aligned
+from csc_jax.models.vit import FORMS, ViT
 
 _UP = 8  # rows of the logits for one row of patches
 
@@ -45,7 +45,7 @@ class DPT(nn.Module):
     drop_path: float = 0.0  # as in `ViT`
     dtype: Any = jnp.float32  # compute type; parameters are float32
     remat: bool = False  # trade time for memory: the transformer's blocks are computed twice
-    frozen: bool = False  # the transformer: no gradient
+    frozen: bool = False  # the transformer does in training what it does in evaluation
 
     @property
     def patch(self) -> int:
@@ -92,8 +92,6 @@ class DPT(nn.Module):
         x = resize_aligned(x, (height, width))
         vit = ViT(form, self.dtype, self.remat, self.drop_path, name="backbone")
         features = vit(x, train and not self.frozen)
-        if self.frozen:
-            features = jax.lax.stop_gradient(features)
         if perturb is not None:
             features = perturb(features)
 

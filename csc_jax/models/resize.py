@@ -1,5 +1,7 @@
 """Bilinear resizing with aligned corners, the only kind in the lineage (decisions.md)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,15 @@ def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     if width != x.shape[2]:
         y = jnp.einsum("Ww,bhwk->bhWk", _weights(x.shape[2], width), y, precision="highest")
     return y.astype(x.dtype)
+
+
+def nearest_multiple(size: Any, patch: int) -> Any:
+    """Returns sides, int or int array in px, at the nearest multiple of a patch, at least one.
+
+    Halfway between two it is the larger (UniMatch V2's evaluation).
+    """
+    patches = (size + patch // 2) // patch
+    return patch * (max(patches, 1) if isinstance(size, int) else patches.clip(1))
 
 
 def _weights(n_in: int, n_out: int) -> np.ndarray:

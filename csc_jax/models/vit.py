@@ -334,12 +334,3 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((x - 5) * x + 8) * x * a - 4 * a
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-
-
-def nearest_multiple(size: Any, patch: int) -> Any:
-    """Returns sides, int or int array in px, at the nearest multiple of a patch, at least one.
-
-    Halfway between two it is the larger (UniMatch V2's evaluation).
-    """
-    patches = (size + patch // 2) // patch
-    return patch * (max(patches, 1) if isinstance(size, int) else patches.clip(1))

@@ -1,20 +1,27 @@
 """Gradient accumulation: a batch in parts that fit into memory, one after the other."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from csc_jax.methods import Method
 from csc_jax.methods.base import Batch, LossOutputs
 from csc_jax.state import TrainState
 
+Gradient = Callable[..., tuple[tuple[Array, LossOutputs], dict[str, Any]]]
+
 
 def accumulated(
-    method: Method, parts: int, state: TrainState, batch: Batch, key: Array
+    grad: Gradient,
+    parts: int,
+    trainable: dict[str, Any],
+    state: TrainState,
+    batch: Batch,
+    key: Array,
 ) -> tuple[tuple[Array, LossOutputs], dict[str, Any]]:
-    """Returns loss, outputs and gradients as `jax.value_and_grad` of `method.loss`, in parts.
+    """Returns what `grad` returns for a whole batch: loss and outputs, and gradients.
 
     Loss, metrics and gradients are means over the parts, so they are those of the whole batch where
     its loss is a mean over its images. They differ from it where the loss looks at several images
@@ -23,13 +30,13 @@ def accumulated(
     queries of a part. The memory bank is updated once a step, with the pixels of all parts.
 
     Args:
-      method: with `accumulates`.
+      grad: (trainable, state, batch, key) -> the same for a part; of a method that `accumulates`.
       parts: `train.accumulate`; divides both halves of the batch, on each device.
+      trainable: parameters that the gradients are of, by network.
       state: before the step.
       batch: as `Method.loss` takes it.
       key: random key of the step; each part has one of its own.
     """
-    grad = jax.value_and_grad(method.loss, has_aux=True)
     # Part i has the images i, i + parts, …: of each device's images as many, so that none moves.
     split = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
@@ -40,14 +47,14 @@ def accumulated(
     ) -> tuple[dict[str, Any], tuple[Array, LossOutputs]]:
         part_key, images = given
         now = state.with_trained(state.trained, total["batch_stats"])
-        (loss, outputs), gradients = grad(state.trained, now, images, part_key)
+        (loss, outputs), gradients = grad(trainable, now, images, part_key)
         summed = jax.tree.map(jnp.add, total["gradients"], gradients)
         carried = {"gradients": summed, "batch_stats": outputs.batch_stats}
         return carried, (loss, outputs.replace(batch_stats={}))
 
     networks = {"student": state.student} | state.companions
     start = {
-        "gradients": jax.tree.map(jnp.zeros_like, state.trained),
+        "gradients": jax.tree.map(jnp.zeros_like, trainable),
         "batch_stats": {name: network.batch_stats for name, network in networks.items()},
     }
     # A scan, so that only one part's activations are in memory.

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from csc_jax import data, evaluation, methods, models
 from csc_jax.config import checks as config_checks
 from csc_jax.data import transforms
+from csc_jax.errors import UserError
 from csc_jax.models.weights import load_pretrained
 from csc_jax.optimizer import combine
 from csc_jax.parallel import sharding
@@ -50,10 +51,16 @@ class Experiment:
         """Returns the arrays that `config.model.pretrained` has for a network; {} for "none".
 
         Raises:
-          UserError: no such file, or weights of another network.
+          UserError: no such file, weights of another network, or none for a frozen backbone.
         """
         source = self.config.model.pretrained
         if source == "none":
+            if self.config.model.freeze_backbone:
+                raise UserError(
+                    "model.freeze_backbone is True, but model.pretrained is 'none': the backbone "
+                    "would stay random. Give its weights with --config.model.pretrained=FILE, or "
+                    "set --config.model.freeze_backbone=False."
+                )
             return {}
         network = jax.eval_shape(
             lambda key: self.method.task.init_network(key, projection=self.method.projection),
@@ -174,6 +181,7 @@ def build(
         window=tuple(config.eval.window),
         mesh=mesh,
         size_multiple=config.eval.size_multiple,
+        patch=model.patch,
         fill=tuple(config.data.mean),
         scales=tuple(config.eval.scales),
         flip=config.eval.flip,

@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from csc_jax.methods import Method
+from csc_jax.methods import LossOutputs, Method
 from csc_jax.methods.base import Batch
 from csc_jax.models.weights import overlay
 from csc_jax.optimizer import learning_rate_schedule
@@ -54,7 +54,7 @@ def init_state(
         companions=companions,
         bank=method.init_bank(),
         method_state=method.init_method_state(),
-        opt_state=tx.init(trained),
+        opt_state=tx.init(method.trainable(trained)),
     )
 
 
@@ -73,18 +73,26 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     loss_key, update_key = jax.random.split(key)
+    trainable = method.trainable(state.trained)
+
+    def loss_of(
+        trainable: dict[str, Any], state: TrainState, batch: Batch, key: Array
+    ) -> tuple[Array, LossOutputs]:
+        return method.loss(_with(state.trained, trainable), state, batch, key)
+
+    grad = jax.value_and_grad(loss_of, has_aux=True)
     parts = method.task.config.train.accumulate
     if parts > 1:
-        (loss, outputs), gradients = accumulated(method, parts, state, batch, loss_key)
+        (loss, outputs), gradients = accumulated(grad, parts, trainable, state, batch, loss_key)
     else:
-        grad = jax.value_and_grad(method.loss, has_aux=True)
-        (loss, outputs), gradients = grad(state.trained, state, batch, loss_key)
+        (loss, outputs), gradients = grad(trainable, state, batch, loss_key)
     norm = optax.tree.norm(gradients)  # not finite if any gradient is not
 
     @jax.jit  # so that `eval_shape` below and `cond` share one trace
     def learn(state: TrainState) -> tuple[TrainState, Metrics]:
-        updates, opt_state = tx.update(gradients, state.opt_state, state.trained)
-        params = optax.apply_updates(state.trained, updates)
+        trainable = method.trainable(state.trained)
+        updates, opt_state = tx.update(gradients, state.opt_state, trainable)
+        params = _with(state.trained, optax.apply_updates(trainable, updates))
         new_state = state.with_trained(params, outputs.batch_stats).replace(opt_state=opt_state)
         new_state, update_metrics = method.update(new_state, outputs, update_key)
         return new_state.replace(rejected=jnp.zeros_like(state.rejected)), update_metrics
@@ -102,6 +110,11 @@ def train_step(
     metrics["rejected"] = new_state.rejected.astype(jnp.float32)
     metrics |= outputs.metrics | update_metrics
     return new_state.replace(step=state.step + 1), metrics
+
+
+def _with(params: dict[str, Any], trainable: dict[str, Any]) -> dict[str, Any]:
+    """Returns parameters of networks with those parts of them that `Method.trainable` gave."""
+    return {name: {**params[name], **part} for name, part in trainable.items()}
 
 
 def compile_init(
