@@ -198,6 +198,13 @@ def test_everything_that_does_not_fit_is_in_one_error(shapes, variables, caplog)
     )
 
 
+def test_a_bias_that_only_dinov3_lacks_is_missed(shapes, variables):
+    state = to_torch_state_dict(variables, "transformers")
+    del state["encoder.layer.1.attention.attention.key.bias"]
+    with pytest.raises(UserError, match=r"1\.attn\.qkv\.bias \(192,\) is not in the weights"):
+        convert_torch_state_dict(state, shapes)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -353,8 +353,9 @@ def _renamed(name: str) -> str:
 def _with_joined_keys(
     given: dict[str, np.ndarray], origin: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    """Makes one array of queries, keys and values; a missing bias of the keys is 0 (DINOv3)."""
+    """Makes one array of queries, keys and values; DINOv3's keys have no bias, which is 0 here."""
     joined: dict[str, np.ndarray] = {}
+    rotary = "backbone.pos_embed" not in given
     for name, value in given.items():
         match = re.fullmatch(r"(backbone\.blocks\.\d+\.attn\.)([qkv])\.(weight|bias)", name)
         if not match:
@@ -362,7 +363,7 @@ def _with_joined_keys(
             continue
         start, _, leaf = match.groups()
         parts = [given.get(f"{start}{part}.{leaf}") for part in "qkv"]
-        if parts[1] is None and leaf == "bias" and parts[0] is not None:
+        if rotary and parts[1] is None and leaf == "bias" and parts[0] is not None:
             parts[1] = np.zeros_like(parts[0])
         whole = f"{start}qkv.{leaf}"
         known = [part for part in parts if part is not None]
