@@ -1,7 +1,7 @@
 """Scores of a network on a split: inference, confusion matrix, mean IoU, files to submit."""
 
 from csc_jax.evaluation.metrics import OnImage, Scores, confusion_matrix, evaluate
-from csc_jax.evaluation.predictor import enlarge, make_predictor
+from csc_jax.evaluation.predictor import enlarge, enlarge_planes, make_predictor
 from csc_jax.evaluation.submission import PredictionWriter, check_folder, encode_with_palette
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "confusion_matrix",
     "encode_with_palette",
     "enlarge",
+    "enlarge_planes",
     "evaluate",
     "make_predictor",
 ]

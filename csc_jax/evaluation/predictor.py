@@ -8,7 +8,7 @@ crop is placed by that size and not by the padded one.
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -151,15 +151,20 @@ def enlarge(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
       `size` uint8 class ids.
     """
-    height, width = size
     ids = np.zeros(size, np.uint8)
     best = np.full(size, -np.inf, np.float32)
-    for index in range(logits.shape[-1]):  # all at once would need C float32 maps of that size
-        plane = np.ascontiguousarray(logits[..., index])
-        plane = cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR)
+    for index, plane in enumerate(enlarge_planes(logits, size)):
         ids[plane > best] = index
         np.maximum(best, plane, out=best)
     return ids
+
+
+def enlarge_planes(logits: np.ndarray, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Yields what `enlarge` compares, `size` float32 for each class; all would be C such maps."""
+    height, width = size
+    for index in range(logits.shape[-1]):
+        plane = np.ascontiguousarray(logits[..., index])
+        yield cv2.resize(plane, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
 def pad_to_multiple(images: np.ndarray, multiple: int, fill: Sequence[float]) -> np.ndarray:
