@@ -95,7 +95,7 @@ def _of_array(array: np.ndarray) -> np.ndarray:
             f"The image is an array of the shape {array.shape}; it takes (H, W, 3) RGB, (H, W, 4) "
             "RGBA, or (H, W) grey. Several images are given as a list."
         )
-    check_size(*array.shape[:2], "The image")
+    check_size(array.shape[0], array.shape[1], "The image")
     if array.shape[-1] == 1:
         return array.repeat(3, axis=-1)
     return np.ascontiguousarray(array[..., :3])

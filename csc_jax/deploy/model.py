@@ -139,7 +139,7 @@ class Model:
 
     def _groups(self, pictures: Sequence[np.ndarray]) -> Iterator[list[int]]:
         """Yields indices of images that run together."""
-        by_size: dict[tuple[int, ...], list[int]] = {}
+        by_size: dict[tuple[int, int], list[int]] = {}
         for index, picture in enumerate(pictures):
             by_size.setdefault(self._size(picture), []).append(index)
         together = self.description.config.batch.eval
@@ -148,10 +148,10 @@ class Model:
             yield from (indices[i : i + together] for i in range(0, whole, together))
             yield from ([index] for index in indices[whole:])
 
-    def _size(self, picture: np.ndarray) -> tuple[int, ...]:
+    def _size(self, picture: np.ndarray) -> tuple[int, int]:
         """Returns the (height, width) px at which the network sees an image."""
-        size = tuple(self.description.config.data.image_size)
-        return size if any(size) else picture.shape[:2]
+        height, width = self.description.config.data.image_size
+        return (height, width) if height else (picture.shape[0], picture.shape[1])
 
     def _results(self, pictures: list[np.ndarray], probabilities: bool) -> list[Result]:
         """Segments images that the network sees at one size."""
@@ -159,6 +159,7 @@ class Model:
         seen = [p if p.shape[:2] == size else transforms.resize_image(p, size) for p in pictures]
         scores = self._predict_scores(np.stack(seen))
         own = all(picture.shape[:2] == size for picture in pictures)
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
         if own and not probabilities:
             classes, confidence = jax.device_get(_decide(scores, self._summed))
             found = [
@@ -166,7 +167,6 @@ class Model:
                 for c, p in zip(classes, confidence, strict=True)
             ]
         else:
-            found = []
             for picture, one in zip(pictures, jax.device_get(scores), strict=True):
                 planes = enlarge_planes(one[: size[0], : size[1]], picture.shape[:2])
                 found.append(_decide_on_host(planes, self._summed, keep=probabilities))

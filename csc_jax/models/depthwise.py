@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from csc_jax.models import plain
+
 Pair = tuple[int, int]
 
 
@@ -26,6 +28,8 @@ def convolve_depthwise(
     Returns:
         (B, h', w', K) with h' = ceil(h / stride), w' = ceil(w / stride).
     """
+    if plain.is_on():
+        return _by_xla(x, kernel, stride, dilation)
     return jax.lax.platform_dependent(
         x,
         kernel,

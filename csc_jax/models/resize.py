@@ -12,7 +12,8 @@ def resize_aligned(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
     The centres of the corner pixels of input and output coincide, as in PyTorch's
     `F.interpolate(mode="bilinear", align_corners=True)`. Computes in float32 and returns the
-    dtype of `x` (any floating type); an equal size returns `x` itself.
+    dtype of `x` (any floating type); an equal size returns `x` itself. Sizes may be symbolic
+    dimensions of `jax.export`.
     """
     height, width = size
     y = x.astype(jnp.float32)
@@ -34,8 +35,15 @@ def nearest_multiple(size: Any, patch: int) -> Any:
     return patch * (max(patches, 1) if isinstance(size, int) else patches.clip(1))
 
 
-def _weights(n_in: int, n_out: int) -> np.ndarray:
+def _weights(n_in: int, n_out: int) -> np.ndarray | jax.Array:
     """Interpolation matrix (n_out, n_in), float32; each row sums to 1."""
+    if not (isinstance(n_in, int) and isinstance(n_out, int)):
+        # Symbolic: whole pixels in integers, as no device divides floats exactly.
+        last, steps = jnp.asarray(n_in - 1), jnp.maximum(jnp.asarray(n_out - 1), 1)
+        below, rest = jnp.divmod(jnp.arange(n_out) * last, steps)
+        offset = below[:, None] - jnp.arange(n_in)[None, :]
+        traced = jnp.abs(offset + (rest / steps)[:, None])
+        return jnp.maximum(0.0, 1.0 - traced).astype(jnp.float32)
     position = np.linspace(0.0, n_in - 1, n_out)  # in input pixels; a single output pixel sits at 0
     distance = np.abs(position[:, None] - np.arange(n_in)[None, :])
     return np.maximum(0.0, 1.0 - distance).astype(np.float32)

@@ -1,0 +1,27 @@
+"""A switch to convolutions that are XLA's alone, for programs that go elsewhere.
+
+The faster paths of `convolution` and `depthwise` ask for sizes and for the platform while
+they are traced. An exported program is one for all sizes and platforms, and converters know no
+`platform_dependent`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+_plain = ContextVar("csc_jax_plain_convolutions", default=False)
+
+
+def is_on() -> bool:
+    """Whether what is being traced is to hold plain convolutions."""
+    return _plain.get()
+
+
+@contextlib.contextmanager
+def convolutions() -> Iterator[None]:
+    """Has what is traced inside take plain convolutions; results are the same up to rounding."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
