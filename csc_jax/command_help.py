@@ -19,6 +19,7 @@ EXAMPLES = {  # of each --mode
     "evaluate": "--mode=evaluate --workdir=W --checkpoint=best",
     "report": "--mode=report --workdir=W --compare=W2,W3",
     "predict": "--mode=predict --workdir=W --images=DIR --out=DIR",
+    "export": "--mode=export --workdir=W --format=bundle --out=DIR",
     "plan": "--mode=plan --config=cityscapes --topology=v5e:4x4",
 }
 

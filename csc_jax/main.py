@@ -1,10 +1,11 @@
-"""Command line: train, evaluate, report, predict or plan.
+"""Command line: train, evaluate, report, predict, export or plan.
 
 csc-jax --config=synthetic --workdir=runs/synthetic
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
 python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --save_predictions=DIR
 python -m csc_jax.main --mode=report --workdir=runs/synthetic --compare=runs/other
 python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
+python -m csc_jax.main --mode=export --workdir=runs/synthetic --format=bundle --out=DIR
 python -m csc_jax.main --mode=plan --topology=v5e:4x4 --config=configs/cityscapes.py
     --config.batch.labeled=32 --config.batch.unlabeled=32
 
@@ -43,12 +44,15 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, plots.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "report", "predict", "plan"], "What to do."
+    "mode",
+    "train",
+    ["train", "evaluate", "report", "predict", "export", "plan"],
+    "What to do.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "latest",
-    "evaluate, report, predict: latest, best (by mIoU on the val split) or a step.",
+    "evaluate, report, predict, export: latest, best (by mIoU on the val split) or a step.",
 )
 _SAVE_PREDICTIONS = flags.DEFINE_string(
     "save_predictions",
@@ -60,8 +64,20 @@ _COMPARE = flags.DEFINE_list(
 )
 _IMAGES = flags.DEFINE_string("images", None, "predict: an image or a folder of images.")
 _OUT = flags.DEFINE_string(
-    "out", None, "predict: folder for overlays and index PNGs; plan: JSON file of the plan."
+    "out",
+    None,
+    "predict: folder for overlays and index PNGs; export: the file, or the folder of a bundle; "
+    "plan: JSON file of the plan.",
 )
+_FORMAT = flags.DEFINE_enum(
+    "format", None, ["stablehlo", "safetensors", "bundle", "onnx"], "export: what to write."
+)
+_SIZE = flags.DEFINE_string(
+    "size",
+    None,
+    "export: H,W px of all images, for onnx and stablehlo; none = any, where possible.",
+)
+_PUSH = flags.DEFINE_string("push", None, "export: publish the bundle as hf:OWNER/REPO.")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "plan: hardware to compile for, such as v5e:4x4 or h100:8."
 )
@@ -96,6 +112,11 @@ _REQUIRED = {  # flags that a mode cannot do without
     "evaluate": _RUN,
     "report": _RUN,
     "predict": _RUN | {"images": "an image or a folder of images", "out": "the folder to write to"},
+    "export": _RUN
+    | {
+        "format": "stablehlo, safetensors, bundle or onnx",
+        "out": "the file to write, or the folder of a bundle",
+    },
     "plan": {"topology": "hardware to compile for, such as v5e:4x4 or h100:8"},
 }
 
@@ -214,17 +235,25 @@ def dispatch(config: ConfigDict) -> None:
     elif _MODE.value == "evaluate":
         predictions = _SAVE_PREDICTIONS.value
         score(config, workdir, _CHECKPOINT.value, Path(predictions) if predictions else None)
+    elif distributed.several():
+        raise UserError(
+            f"--mode={_MODE.value} runs in one process; start it alone, with --num_processes=1."
+        )
     elif _MODE.value == "report":
-        if distributed.several():
-            raise UserError(
-                "--mode=report runs in one process; start it alone, with --num_processes=1."
-            )
         report(config, workdir, _CHECKPOINT.value, [Path(other) for other in _COMPARE.value])
+    elif _MODE.value == "export":
+        from csc_jax.deploy.export import export
+
+        export(
+            config,
+            workdir,
+            _CHECKPOINT.value,
+            file_format=str(_FORMAT.value),
+            out=_path(_OUT),
+            size=_size(),
+            push=_PUSH.value,
+        )
     else:
-        if distributed.several():
-            raise UserError(
-                "--mode=predict runs in one process; start it alone, with --num_processes=1."
-            )
         if config.eval.mode == "center_crop":
             raise UserError(
                 "--mode=predict wants whole images, but eval.mode is 'center_crop'. Set "
@@ -271,6 +300,16 @@ def _check_required() -> None:
     for name, what in _REQUIRED[_MODE.value].items():
         if not flags.FLAGS[name].value:
             raise UserError(f"--{name} is missing: give {what}.")
+
+
+def _size() -> tuple[int, int] | None:
+    """Returns what --size gives."""
+    if _SIZE.value is None:
+        return None
+    sides = _SIZE.value.split(",")
+    if len(sides) != 2 or not all(side.isascii() and side.isdigit() for side in sides):
+        raise UserError(f"--size is {_SIZE.value!r}; it takes height and width, as in 512,1024.")
+    return int(sides[0]), int(sides[1])
 
 
 def _path(flag: flags.FlagHolder[str | None]) -> Path:

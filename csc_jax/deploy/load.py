@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from csc_jax import config as config_lib
 from csc_jax import paths, stored_config
 from csc_jax.config import checks as config_checks
-from csc_jax.deploy import weights
+from csc_jax.deploy import hub, program, weights
 from csc_jax.deploy.description import Description
 from csc_jax.deploy.model import Model
 from csc_jax.errors import UserError
@@ -26,7 +26,8 @@ def load(source: str | os.PathLike[str], *, checkpoint: str = "latest", **evalua
     """Loads a trained network.
 
     Args:
-      source: the work directory of a run, a bundle, or a .safetensors of `--mode=export`.
+      source: the work directory of a run; a .safetensors, .stablehlo or bundle that `--mode=export`
+        wrote; or hf:OWNER/REPO, a bundle on the Hugging Face Hub.
       checkpoint: of a run: latest, best (by mIoU on the val split) or a step.
       evaluation: fields of `config.eval` that say how images are predicted, by name, in place of
         those of the training: `mode`, `window`, `scales`, `flip`, `size_multiple`, and of a run
@@ -38,7 +39,8 @@ def load(source: str | os.PathLike[str], *, checkpoint: str = "latest", **evalua
     Raises:
       UserError: there is nothing of that kind there, it is damaged, or a field cannot be.
     """
-    path = paths.given("The model", os.fspath(source))
+    name = os.fspath(source)
+    path = hub.fetch(name) if name.startswith(hub.PREFIX) else paths.given("The model", name)
     try:
         is_run, is_folder, is_file = (path / "checkpoints").is_dir(), path.is_dir(), path.is_file()
     except OSError as error:
@@ -51,10 +53,23 @@ def load(source: str | os.PathLike[str], *, checkpoint: str = "latest", **evalua
         description, arrays = weights.read_bundle(path) if is_folder else weights.read_file(path)
         config = _evaluated(description.config, evaluation)
         return from_weights(dataclasses.replace(description, config=config), arrays, path)
+    if is_file and path.suffix == program.SUFFIX:
+        return from_program(path, evaluation)
+    hint = " Run an .onnx with onnxruntime." if path.suffix == ".onnx" else ""
     raise UserError(
-        f"{path} is no model. Give the work directory of a run, or a .safetensors or bundle that "
-        "--mode=export wrote."
+        f"{path} is no model. Give the work directory of a run, or a .safetensors, .stablehlo or "
+        f"bundle that --mode=export wrote.{hint}"
     )
+
+
+def from_program(path: Path, evaluation: dict[str, Any]) -> Model:
+    """Returns the network of a .stablehlo file; `evaluation` as in `load`."""
+    description, arrays, exported, size = program.read(path)
+    config = _evaluated(description.config, evaluation)
+    description = dataclasses.replace(description, config=config)
+    on_one_device(config)  # whole images
+    predict = program.predictor(description, arrays, exported, size)
+    return Model(description, predict, arrays)
 
 
 def from_run(config: ConfigDict, workdir: Path, checkpoint: str) -> Model:

@@ -29,7 +29,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, dilation: int = 1
         (B, h', w', F) with h' = ceil(h / stride), w' = ceil(w / stride).
     """
     if plain.is_on():
-        return _by_xla(x, kernel, stride, dilation)
+        return _plainly(x, kernel, stride, dilation)
     return _convolve_fast(x, kernel, stride, dilation)
 
 
@@ -46,6 +46,11 @@ def _by_xla(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.
     kernel = kernel.astype(x.dtype)
     if kernel.shape[0] == 1:
         return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
+    return _plainly(x, kernel, stride, dilation)
+
+
+def _plainly(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
+    kernel = kernel.astype(x.dtype)
     pad = _pad(kernel, dilation)  # explicit: "SAME" shifts a strided one on even sizes
     return jax.lax.conv_general_dilated(
         x,

@@ -1,7 +1,7 @@
 """A switch to convolutions that are XLA's alone, for programs that go elsewhere.
 
-The faster paths of `convolution` and `depthwise` ask for sizes and for the platform while
-they are traced. An exported program is one for all sizes and platforms, and converters know no
+The faster paths of `convolution` and `depthwise` ask for sizes and for the platform while they are
+traced. An exported program is one for all sizes and platforms, and converters know no
 `platform_dependent`.
 """
 

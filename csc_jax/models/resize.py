@@ -37,7 +37,8 @@ def nearest_multiple(size: Any, patch: int) -> Any:
 
 def _weights(n_in: int, n_out: int) -> np.ndarray | jax.Array:
     """Interpolation matrix (n_out, n_in), float32; each row sums to 1."""
-    if not (isinstance(n_in, int) and isinstance(n_out, int)):
+    sides: tuple[object, object] = n_in, n_out
+    if not all(isinstance(side, int) for side in sides):
         # Symbolic: whole pixels in integers, as no device divides floats exactly.
         last, steps = jnp.asarray(n_in - 1), jnp.maximum(jnp.asarray(n_out - 1), 1)
         below, rest = jnp.divmod(jnp.arange(n_out) * last, steps)
