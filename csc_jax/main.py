@@ -18,7 +18,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -63,6 +62,15 @@ _COMPARE = flags.DEFINE_list(
     "compare", [], "report: work directories of runs to stand beside that of --workdir, by comma."
 )
 _IMAGES = flags.DEFINE_string("images", None, "predict: an image or a folder of images.")
+_CONFIDENCE = flags.DEFINE_bool(
+    "confidence", False, "predict: write the probability of each pixel's class, an 8-bit PNG."
+)
+_SOFT = flags.DEFINE_bool(
+    "soft", False, "predict: write the probabilities of all classes, an .npz of float16."
+)
+_POLYGONS = flags.DEFINE_enum(
+    "polygons", None, ["coco", "labelme"], "predict: write the masks as polygons to correct."
+)
 _OUT = flags.DEFINE_string(
     "out",
     None,
@@ -191,8 +199,8 @@ def dispatch(config: ConfigDict) -> None:
     """Does what the parsed flags say."""
     import jax
 
-    from csc_jax.evaluation.predict import predict_folder
-    from csc_jax.evaluation.score import load, score
+    from csc_jax.evaluation.predict import Extras, predict_folder
+    from csc_jax.evaluation.score import score
     from csc_jax.parallel import distributed
     from csc_jax.planning.plan import plan
     from csc_jax.reporting.report import report
@@ -259,13 +267,15 @@ def dispatch(config: ConfigDict) -> None:
                 "--mode=predict wants whole images, but eval.mode is 'center_crop'. Set "
                 "--config.eval.mode=whole or sliding."
             )
-        experiment, network, _ = load(config, workdir, _CHECKPOINT.value)
+        from csc_jax.deploy.load import from_run
+
+        model = from_run(config, workdir, _CHECKPOINT.value)
         predict_folder(
-            partial(experiment.segment, network),
+            lambda image: model.predict(image, probabilities=_SOFT.value),
             _path(_IMAGES),
             _path(_OUT),
-            palette=experiment.palette,
-            class_names=experiment.class_names,
+            class_names=model.class_names,
+            extras=Extras(_CONFIDENCE.value, _SOFT.value, _POLYGONS.value),
             bits=config.data.image_bits,
         )
 

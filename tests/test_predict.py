@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 
 import cv2
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from tiny import tiny_config
 
 from csc_jax import config as config_lib
 from csc_jax import evaluation
+from csc_jax.deploy import Result
 from csc_jax.errors import UserError
-from csc_jax.evaluation.predict import predict_folder
+from csc_jax.evaluation import polygons
+from csc_jax.evaluation.predict import Extras, predict_folder
 from csc_jax.state import Network
 from csc_jax.training.experiment import build
 
@@ -35,8 +38,17 @@ def predict(mesh1):
     return lambda image: np.asarray(predictor({"scale": jnp.float32(2)}, image[None]))[0]
 
 
-def run(predict, images, out):
-    return predict_folder(predict, images, out, palette=PALETTE, class_names=NAMES)
+def result_of(image, classes):
+    """What a network of 60% confidence says."""
+    confidence = np.full(classes.shape, 0.6, np.float32)
+    others = np.where(np.eye(3, dtype=bool)[classes], np.float32(0.6), np.float32(0.2))
+    return Result(image, classes, confidence, others, NAMES, PALETTE)
+
+
+def run(predict, images, out, **options):
+    return predict_folder(
+        lambda image: result_of(image, predict(image)), images, out, class_names=NAMES, **options
+    )
 
 
 def save(path, classes):
@@ -257,9 +269,7 @@ def test_images_are_found_and_read_as_in_training(predict, folder, tmp_path, cap
     (folder / "film.gif").write_bytes(b"GIF89a")
     deep = np.uint16(16) * brightest[..., 1].astype(np.uint16)  # 12 bits, green alone
     cv2.imwrite(str(folder / "twelve.tif"), np.stack([deep * 0, deep, deep * 0], -1))
-    (index, other) = predict_folder(
-        predict, folder, tmp_path / "out", palette=PALETTE, class_names=NAMES, bits=12
-    )
+    (index, other) = run(predict, folder, tmp_path / "out", bits=12)
     assert index == tmp_path / "out/deep/turned.png"
     np.testing.assert_array_equal(read(index)[0], np.rot90(classes, -1))
     np.testing.assert_array_equal(read(other)[0], np.ones_like(classes))
@@ -300,3 +310,97 @@ def test_a_link_to_itself_is_named(predict, folder, tmp_path):
     (tmp_path / "out").symlink_to("out")
     with pytest.raises(UserError, match=r"--out=.*out cannot be"):
         run(predict, folder, tmp_path / "out")
+
+
+def test_confidence_and_probabilities_lie_beside_the_masks(predict, folder, tmp_path):
+    (folder / "deep").mkdir()
+    classes = np.array([[0, 1], [2, 0]]).repeat(6, 0).repeat(8, 1)
+    save(folder / "deep" / "a.png", classes)
+    out = tmp_path / "out"
+    run(predict, folder, out, extras=Extras(confidence=True, soft=True))
+    assert sorted(path.name for path in (out / "deep").iterdir()) == [
+        *("a.png", "a_confidence.png", "a_overlay.png", "a_probabilities.npz")
+    ]
+    confidence, _ = read(out / "deep" / "a_confidence.png")
+    assert confidence.dtype == np.uint8
+    np.testing.assert_array_equal(confidence, np.full(classes.shape, 153))
+    with np.load(out / "deep" / "a_probabilities.npz", allow_pickle=False) as stored:
+        probabilities, names = stored["probabilities"], stored["class_names"]
+    assert probabilities.dtype == np.float16
+    np.testing.assert_allclose(probabilities, np.eye(3)[classes] * 0.4 + 0.2, atol=1e-3)
+    assert tuple(names) == NAMES
+    save(folder / "deep" / "a_confidence.jpg", classes)
+    run(predict, folder, tmp_path / "other")  # no such file is written there
+    with pytest.raises(UserError, match=r"would be written to one file, deep/a_confidence\.png"):
+        run(predict, folder, out, extras=Extras(confidence=True))
+
+
+def painted(shapes, size):
+    """Paints polygons one after the other, as labelling tools do."""
+    canvas = np.full(size, 255, np.uint8)
+    for class_id, points in shapes:
+        cv2.fillPoly(canvas, [np.array(points, np.int32)], class_id)
+    return canvas
+
+
+def nested(height, width):
+    """Class 0 around class 1, in it class 2 and in that class 1 again; a notch at a side."""
+    classes = np.zeros((height, width), np.uint8)
+    for margin, class_id in ((4, 1), (9, 2), (14, 1)):
+        classes[margin:-margin, margin:-margin] = class_id
+    classes[:6, 30:37] = 2
+    return classes
+
+
+def test_polygons_of_both_tools_make_the_mask_again(predict, folder, tmp_path):
+    (folder / "deep").mkdir()
+    masks = {"b.png": nested(40, 60), "deep/a.png": nested(44, 50)[::-1]}
+    for name, classes in masks.items():
+        save(folder / name, classes)
+    out = tmp_path / "out"
+    run(predict, folder, out, extras=Extras(polygons="labelme"))
+    for name, classes in masks.items():
+        path = (out / name).with_suffix(".json")
+        content = json.loads(path.read_text())
+        assert (path.parent / content["imagePath"]).resolve() == (folder / name).resolve()
+        assert (content["imageHeight"], content["imageWidth"]) == classes.shape
+        shapes = [(NAMES.index(s["label"]), s["points"]) for s in content["shapes"]]
+        np.testing.assert_array_equal(painted(shapes, classes.shape), classes)
+
+    run(predict, folder, out, extras=Extras(polygons="coco"))
+    content = json.loads((out / "polygons.json").read_text())
+    assert content["categories"] == [{"id": i + 1, "name": n} for i, n in enumerate(NAMES)]
+    assert [image["file_name"] for image in content["images"]] == list(masks)
+    ids = [annotation["id"] for annotation in content["annotations"]]
+    assert ids == list(range(1, len(ids) + 1))
+    for image in content["images"]:
+        own = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        shapes = [(a["category_id"] - 1, np.reshape(a["segmentation"][0], (-1, 2))) for a in own]
+        classes = masks[image["file_name"]]
+        assert (image["height"], image["width"]) == classes.shape
+        np.testing.assert_array_equal(painted(shapes, classes.shape), classes)
+        assert own[0]["bbox"] == [0, 0, *classes.shape[::-1]]
+        assert own[0]["area"] == (classes.shape[0] - 1) * (classes.shape[1] - 1)
+    assert not list(out.glob("*.unfinished"))
+
+
+def test_specks_and_what_is_no_class_have_no_polygon():
+    classes = np.full((20, 20), 255, np.uint8)
+    classes[3, 3] = 0
+    classes[10, 2:9] = 1  # a line has two ends
+    classes[5:8, 12:15] = 2
+    (region,) = polygons.regions(classes, 3)
+    assert region.class_id == 2
+    assert region.area == 4
+    assert sorted(region.points.tolist()) == [[12, 5], [12, 7], [14, 5], [14, 7]]
+
+
+def test_a_list_of_polygons_is_whole_or_not_there(predict, folder, tmp_path):
+    save(folder / "a.png", np.zeros((8, 8), int))
+
+    def fails(image):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(fails, folder, tmp_path / "out", extras=Extras(polygons="coco"))
+    assert not list((tmp_path / "out").iterdir())

@@ -1,7 +1,6 @@
 """What a user has for an image, as (H, W, 3) uint8 RGB."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,25 +11,23 @@ from csc_jax.data import codec
 from csc_jax.errors import UserError
 from csc_jax.text import name
 
-MOST_PIXELS = 1 << 28  # of an image that is predicted in one piece: 768 MiB as RGB
-# Pillow opens what it is told to, whatever the name says: for others it starts programs.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 _EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # Pillow's modes
 
 
-def as_rgb(image: Any) -> np.ndarray:
+def as_rgb(image: Any, bits: int = 0) -> np.ndarray:
     """Returns an image as (H, W, 3) uint8 RGB.
 
     Args:
       image: a path; an image of Pillow; or an array of uint8, (H, W, 3) RGB, (H, W, 4) with an
         alpha channel, which is dropped, or grey as (H, W) or (H, W, 1).
+      bits: `data.image_bits`, for a file.
 
     Raises:
-      UserError: something else, values that are no uint8, a file that cannot be read, or more than
-        2^28 pixels.
+      UserError: something else, values that are no uint8, a file that cannot be read, or more
+        pixels than `codec.MAX_PIXELS`.
     """
     if isinstance(image, (str, os.PathLike)):
-        return read(paths.given("The image", os.fspath(image)))
+        return codec.read_image(paths.given("The image", os.fspath(image)), bits)
     if isinstance(image, Image.Image):
         return _of_pillow(image, "The image")
     if not hasattr(image, "__array__"):
@@ -40,32 +37,14 @@ def as_rgb(image: Any) -> np.ndarray:
     return _of_array(np.asarray(image))
 
 
-def read(path: Path) -> np.ndarray:
-    """Reads an image file as (H, W, 3) uint8 RGB; looks at its size before its pixels.
-
-    Raises:
-      UserError: as `as_rgb`.
-    """
-    try:
-        with Image.open(path, formats=_FORMATS) as image:
-            check_size(image.height, image.width, str(path))
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large to be read in one piece: {error}") from error
-    except Exception:  # a damaged file makes Pillow raise nearly anything; the next line says so
-        pass
-    return codec.read_image(path)
-
-
 def check_size(height: int, width: int, what: str) -> None:
     """Raises UserError for an image without pixels, or with more than are read in one piece."""
     if height < 1 or width < 1:
         raise UserError(f"{what} is {height}x{width} px; it needs at least one pixel.")
-    if height * width > MOST_PIXELS:
+    if height * width > codec.MAX_PIXELS:
         raise UserError(
-            f"{what} is {height}x{width} px, more than the {MOST_PIXELS} that are read in one "
-            "piece. Cut it into tiles."
+            f"{what} is {height}x{width} px, more than the {codec.MAX_PIXELS} that are taken in "
+            "one piece. Cut it into tiles."
         )
 
 

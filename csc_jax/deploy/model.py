@@ -113,12 +113,13 @@ class Model:
         Raises:
           UserError: an image that cannot be read or is not of uint8; of a list, it says which.
         """
+        bits = self.description.config.data.image_bits
         if not isinstance(images, (list, tuple)):
-            return self._results([as_rgb(images)], probabilities)[0]
+            return self._results([as_rgb(images, bits)], probabilities)[0]
         pictures = []
         for index, image in enumerate(images):
             try:
-                pictures.append(as_rgb(image))
+                pictures.append(as_rgb(image, bits))
             except UserError as error:
                 raise UserError(f"Image {index} of {len(images)}: {error}") from error
         results: list[Result | None] = [None] * len(pictures)

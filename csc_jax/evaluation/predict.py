@@ -1,26 +1,62 @@
-"""`--mode=predict`: overlays and index PNGs of anyone's images."""
+"""`--mode=predict`: overlays, index PNGs and more of anyone's images."""
 
+import contextlib
+import dataclasses
+import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from csc_jax import evaluation
 from csc_jax.data import codec, files
 from csc_jax.errors import UserError
-from csc_jax.reporting import visualize
+from csc_jax.evaluation import polygons
 
 log = logging.getLogger("csc_jax")
 
+COCO_NAME = "polygons.json"
+_T = TypeVar("_T")
+
+
+class Prediction(Protocol):
+    """What is known of an image: `deploy.Result`."""
+
+    classes: np.ndarray  # (H, W) uint8
+    confidence: np.ndarray  # (H, W) float32 in [0, 1]
+    probabilities: np.ndarray | None  # (H, W, C) float32
+    class_names: tuple[str, ...]
+    palette: np.ndarray  # (C, 3) uint8 RGB
+
+    def overlay(self, *, legend: bool = False) -> np.ndarray:
+        """Returns the image under the classes' colours, (H', W, 3) uint8 RGB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What is written beside index PNGs and overlays.
+
+    Attributes:
+      confidence: `NAME_confidence.png`, 8 bits: 255 times the probability of the class.
+      soft: `NAME_probabilities.npz`, the array `probabilities` (H, W, C) float16 and `class_names`.
+      polygons: one of `polygons.FORMATS`: `NAME.json` for labelme, `polygons.json` of all images
+        for COCO; None = none.
+    """
+
+    confidence: bool = False
+    soft: bool = False
+    polygons: str | None = None
+
 
 def predict_folder(
-    predict: Callable[[np.ndarray], np.ndarray],
+    predict: Callable[[np.ndarray], Prediction],
     images: Path,
     out: Path,
     *,
-    palette: np.ndarray,
-    class_names: Sequence[str],
+    class_names: tuple[str, ...],
+    extras: Extras = Extras(),
     bits: int = 0,
 ) -> list[Path]:
     """Writes `NAME.png` and `NAME_overlay.png` for each image, in the sub-folder that it is in.
@@ -29,12 +65,13 @@ def predict_folder(
     is the image under the classes' colours, with a legend below.
 
     Args:
-      predict: image (H, W, 3) uint8 RGB of any size -> class ids (H, W) uint8.
+      predict: image (H, W, 3) uint8 RGB of any size -> what is known of it, with probabilities
+        where `extras.soft` asks for them.
       images: one image, or a folder of them, which is searched with its sub-folders (`files.walk`).
       out: folder to write to; made where it is missing. Where it lies in `images`, what is in it is
         no input.
-      palette: (C, 3) uint8 RGB.
-      class_names: C names, for the legend.
+      class_names: C names.
+      extras: what else is written.
       bits: `data.image_bits`.
 
     Returns:
@@ -44,27 +81,34 @@ def predict_folder(
       UserError: nothing to read, no place to write, or unreadable images. These are named when all
         the others are done.
     """
-    found = _find(images, out)
+    found = _find(images, out, extras)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out} cannot be made: {error}. Choose another folder.") from error
     written, unreadable, turned = list[Path](), list[str](), list[str]()
-    for name, path in found.items():
-        try:
-            photo = codec.read_photo(path, bits)
-        except UserError as error:
-            unreadable.append(f"{name} ({error})")
-            continue
-        image = photo.pixels
-        if photo.turned:
-            turned.append(name)
-        classes = predict(image)
-        index, overlay = (out / output for output in _outputs(name))
-        _write(index, evaluation.encode_with_palette(classes, palette))
-        blend = visualize.overlay(image, classes, palette)
-        _write(overlay, codec.encode_png(visualize.with_legend(blend, palette, class_names)))
-        written.append(index)
+    with _coco_file(out, class_names, extras) as coco:
+        for name, path in found.items():
+            try:
+                photo = codec.read_photo(path, bits)
+            except UserError as error:
+                unreadable.append(f"{name} ({error})")
+                continue
+            if photo.turned:
+                turned.append(name)
+            result = predict(photo.pixels)
+            outputs = {kind: out / output for kind, output in _outputs(name, extras).items()}
+            for kind, output in outputs.items():
+                _write(output, _ENCODERS[kind](result))
+            if extras.polygons:
+                size = result.classes.shape
+                regions = polygons.regions(result.classes, len(class_names))
+                if coco is not None:
+                    _guarded(out / COCO_NAME, lambda: coco.add(name, size, regions))  # noqa: B023
+                else:
+                    target = (out / name).with_suffix(".json")
+                    _write(target, polygons.labelme(regions, class_names, path, target, size))
+            written.append(outputs["index"])
     log.info("%d of %d images written to %s", len(written), len(found), out)
     if turned:
         log.warning(
@@ -80,7 +124,7 @@ def predict_folder(
     return written
 
 
-def _find(images: Path, out: Path) -> dict[str, Path]:
+def _find(images: Path, out: Path, extras: Extras) -> dict[str, Path]:
     """Returns the images to predict, by their path below `images`, each with outputs of its own."""
     passed_over = ""
     if files.is_file(images, "--images"):
@@ -111,7 +155,7 @@ def _find(images: Path, out: Path) -> dict[str, Path]:
         log.warning("--images=%s: %d images%s", images, len(found), passed_over)
     names: dict[str, str] = {}
     for name in found:
-        for output in _outputs(name):
+        for output in _outputs(name, extras).values():
             other = names.setdefault(output.casefold(), name)  # some file systems ignore case
             if other != name:
                 raise UserError(
@@ -121,15 +165,58 @@ def _find(images: Path, out: Path) -> dict[str, Path]:
     return found
 
 
-def _outputs(name: str) -> tuple[str, str]:
-    """Returns the paths of an image's index PNG and of its overlay."""
+# What each kind of output holds.
+_ENCODERS: dict[str, Callable[[Prediction], bytes]] = {
+    "index": lambda result: evaluation.encode_with_palette(result.classes, result.palette),
+    "overlay": lambda result: codec.encode_png(result.overlay(legend=True)),
+    "confidence": lambda result: codec.encode_png(
+        np.round(255 * result.confidence).astype(np.uint8)
+    ),
+    "probabilities": lambda result: _npz(result),
+}
+
+
+def _outputs(name: str, extras: Extras) -> dict[str, str]:
+    """Returns the paths of what is written for an image, by kind."""
     stem = PurePosixPath(name).with_suffix("").as_posix()
-    return f"{stem}.png", f"{stem}_overlay.png"
+    outputs = {"index": f"{stem}.png", "overlay": f"{stem}_overlay.png"}
+    if extras.confidence:
+        outputs["confidence"] = f"{stem}_confidence.png"
+    if extras.soft:
+        outputs["probabilities"] = f"{stem}_probabilities.npz"
+    return outputs
+
+
+def _npz(result: Prediction) -> bytes:
+    assert result.probabilities is not None
+    file = io.BytesIO()
+    np.savez_compressed(
+        file,
+        probabilities=result.probabilities.astype(np.float16),
+        class_names=np.array(result.class_names),
+    )
+    return file.getvalue()
+
+
+def _coco_file(
+    out: Path, class_names: tuple[str, ...], extras: Extras
+) -> contextlib.AbstractContextManager[polygons.CocoFile | None]:
+    if extras.polygons != "coco":
+        return contextlib.nullcontext()
+    return _guarded(out / COCO_NAME, lambda: polygons.CocoFile(out / COCO_NAME, class_names))
 
 
 def _write(path: Path, encoded: bytes) -> None:
-    try:
+    def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded)
+
+    _guarded(path, write)
+
+
+def _guarded(path: Path, act: Callable[[], _T]) -> _T:
+    """Does what writes to a file; UserError where that fails."""
+    try:
+        return act()
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}. Choose another --out.") from error
