@@ -45,7 +45,6 @@ csc-jax trains, evaluates and runs segmentation networks that learn from few
 labelled and many unlabelled images. `python -m csc_jax.main` is the same.
 
 {examples}
-
 To continue a training that was stopped, give its command again.
 
 --config takes a file, or one of these names:
@@ -53,7 +52,6 @@ To continue a training that was stopped, give its command again.
   (files in {config_files.folder()})
 --config.SECTION.FIELD=VALUE overrides a field, for example
   --config.data.root=DIR --config.method.name=unimatch --config.train.steps=500
-
   -h, --help    this screen
   --helpfull    every flag, and every field with its value, meaning and source
   --version     versions of csc_jax, jax and Python

@@ -24,11 +24,25 @@ _T = TypeVar("_T")
 class Prediction(Protocol):
     """What is known of an image: `deploy.Result`."""
 
-    classes: np.ndarray  # (H, W) uint8
-    confidence: np.ndarray  # (H, W) float32 in [0, 1]
-    probabilities: np.ndarray | None  # (H, W, C) float32
-    class_names: tuple[str, ...]
-    palette: np.ndarray  # (C, 3) uint8 RGB
+    @property
+    def classes(self) -> np.ndarray:
+        """(H, W) uint8 class ids."""
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """(H, W) float32, the probability of that class, in [0, 1]."""
+
+    @property
+    def probabilities(self) -> np.ndarray | None:
+        """(H, W, C) float32 of all classes, where they were asked for."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """C names."""
+
+    @property
+    def palette(self) -> np.ndarray:
+        """(C, 3) uint8 RGB."""
 
     def overlay(self, *, legend: bool = False) -> np.ndarray:
         """Returns the image under the classes' colours, (H', W, 3) uint8 RGB."""
