@@ -17,6 +17,7 @@ from toy_network import ToyNetwork
 from csc_jax import config as config_lib
 from csc_jax import models
 from csc_jax.errors import UserError
+from csc_jax.evaluation import detail
 from csc_jax.parallel import distributed
 from csc_jax.reporting import writers
 from csc_jax.training.checkpoint import Checkpointer
@@ -155,6 +156,23 @@ def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path, monkey
             assert b[key] == near or (a[key] is None and b[key] is None), (a["step"], key)
     files = {path.name for path in (tmp_path / "pair" / "plots").iterdir()}
     assert files == {"curves.png", "panel_000003.png", "panel_000004.png"}
+
+
+def test_two_processes_measure_what_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "build", lambda config, classes, aux_head: ToyNetwork(classes))
+    changed = CONFIG.replace("train__steps=4", "train__steps=1, train__report=True")
+    (tmp_path / "config.py").write_text(changed)
+    train(runpy.run_path(str(tmp_path / "config.py"))["get_config"](), tmp_path / "alone")
+    for status, output in pair(tmp_path, "pair"):
+        assert status == 0, output
+    one, two = (detail.load(tmp_path / name) for name in ("alone", "pair"))
+    assert one.scores.confusion.sum() == two.scores.confusion.sum()
+    # A prediction may change where two classes are all but equal.
+    np.testing.assert_allclose(two.scores.confusion, one.scores.confusion, atol=10)
+    np.testing.assert_allclose(two.calibration.count, one.calibration.count, atol=10)
+    np.testing.assert_allclose(two.boundary.union, one.boundary.union, atol=20)
+    assert two.calibration.confidence.sum() == pytest.approx(one.calibration.confidence.sum(), 1e-4)
+    assert "2 processes" in (tmp_path / "pair" / "report.html").read_text()
 
 
 def test_an_error_of_the_first_process_is_one_of_all(tmp_path):
