@@ -1,7 +1,7 @@
 """Feeds the readers of the user's files with hostile input; anything but a UserError is a crash.
 
-Command:    python scripts/fuzz.py [--examples=6000] [--seed=0]
-Run time:   RUNTIME
+Command:    python scripts/fuzz.py [--examples=3750] [--seed=0]
+Run time:   7 minutes on half a core
 
 Split lists, lists of Pascal VOC, class lists, values of labels, label files, colour masks, images,
 annotation files and files of weights, made by hypothesis: arbitrary bytes, and well-formed files
@@ -47,7 +47,7 @@ SIZE = (5, 7)  # (height, width) px of the image that a label belongs to
 def run() -> int:
     """Fuzzes every reader; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=6000, help="for each reader")
+    parser.add_argument("--examples", type=int, default=3750, help="for each reader")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     total = 0
@@ -278,6 +278,18 @@ _CLASS_LINE = st.one_of(
     st.sampled_from(["name,r,g,b", "id;name;color", "# label:color_rgb:parts:actions", "__ignore__",
                      "_background_", "void 1 2 3", '"a","b"']),
 )  # fmt: skip
+_FORMS = st.sampled_from([
+    *("{i}: {n}", "{i} {n} {i} 2 3", "{n}", "{n} 1 2 {i}", "{n},1,{i},3", "{n} #0102{i:02}"),
+    *("3 2 {i} {n}", "{n}:1,2,{i}::", "- {n}", '"{n}",'),
+])  # fmt: skip
+_GOOD_LINES = st.builds(
+    lambda form, count, start, end: (
+        start + end.join(form.format(i=i, n=f"n{i}x") for i in range(count))
+    ).encode(),
+    *(_FORMS, st.integers(0, 6)),
+    st.sampled_from(["", "", "# a\n", "\ufeff", "void 9 9 9\n", "__ignore__\n", "name,r,g,b\n"]),
+    _LINE_ENDS,
+)
 _KINDS_OF_LINES = st.sampled_from([_CLASS_LINE, *_CLASS_LINE.original_strategies])
 _CLASS_LINES = st.builds(
     lambda lines, end, encoding: end.join(lines).encode(encoding, errors="surrogatepass"),
@@ -565,7 +577,8 @@ READERS: dict[str, tuple[Reader, st.SearchStrategy[bytes]]] = {
     "class list": (
         read_class_list,
         st.one_of(
-            *(_CLASS_LINES, _mutated(_CLASS_LINES), _CLASS_JSON, _mutated(_CLASS_JSON), _ANYTHING)
+            *(_GOOD_LINES, _mutated(_GOOD_LINES), _CLASS_LINES, _mutated(_CLASS_LINES)),
+            *(_CLASS_JSON, _mutated(_CLASS_JSON), _ANYTHING),
         ),
     ),
     "label values": (read_label_values, _VALUES),

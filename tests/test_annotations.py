@@ -274,7 +274,8 @@ HOSTILE = {
     "cvat infinite": cvat('<box label="a" xtl="-inf" ytl="0" xbr="inf" ybr="5"/>'),
     "cvat turned": cvat('<box label="a" xtl="1" ytl="1" xbr="5" ybr="5" rotation="nan"/>'),
     "cvat video": "<annotations><track/></annotations>",
-    "laughs": '<!DOCTYPE a [<!ENTITY b "xx"><!ENTITY c "&b;&b;">]>' + cvat(""),
+    "laughs": '<!DOCTYPE a [<!ENTITY b "xx"><!ENTITY c "&b;&b;">]>'
+    + cvat('<box label="&c;" xtl="1" ytl="1" xbr="5" ybr="5"/>'),
     "file": '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]>' + cvat("&b;"),
     "cut off XML": cvat("")[:-4],
     "other XML": "<svg/>",
