@@ -21,7 +21,7 @@ from csc_jax.data import annotations, class_list, codec
 from csc_jax.errors import UserError
 
 PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text()
-SECTION = PAGE[PAGE.index("## What is read") : PAGE.index("## Cityscapes")]
+SECTION = PAGE.split("\n## What is read\n")[1].split("\n## ")[0]
 ROWS = [
     (title, row.split(" | ")[0].removeprefix("| "))
     for title, body in re.findall(r"^### ([^\n]*)\n(.*?)(?=^### |\Z)", SECTION, re.M | re.S)
