@@ -1,4 +1,4 @@
-"""A network as ONNX, for programs without JAX. The converter is jax2onnx, the extra `onnx`."""
+"""A network as ONNX, for programs without JAX. The converter is jax2onnx."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,11 @@ from csc_jax.models import plain
 
 SUFFIX = ".onnx"
 _KEY = "csc_jax"  # of the file's metadata
-_MISSING = "ONNX files need jax2onnx and onnxruntime: pip install 'csc-jax[onnx]'."
+# jax2onnx 0.17 asks for Orbax before 0.11.37, but runs with later ones.
+_MISSING = (
+    "ONNX files need jax2onnx and onnxruntime: pip install 'csc-jax[onnx]', then "
+    "pip install --no-deps 'jax2onnx>=0.17,<0.18'."
+)
 
 
 def write(path: Path, description: Description, arrays: Arrays, size: tuple[int, int]) -> None:
