@@ -56,7 +56,7 @@ class Task:
     """What every method is built from; static, no arrays."""
 
     config: ConfigDict  # of the run, every length in steps
-    model: Segmenter
+    model: Segmenter  # the network, without variables
     num_classes: int  # C
     total_steps: int  # optimizer steps of the whole run
 

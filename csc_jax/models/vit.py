@@ -66,7 +66,7 @@ class ViT(nn.Module):
     stacked, (depth, ...) each, and one program serves them all.
     """
 
-    form: Form
+    form: Form  # which transformer
     dtype: Any = jnp.float32  # compute type; parameters, LayerNorm's and softmax's sums are float32
     remat: bool = False  # keep only the blocks' inputs for the gradient, compute the rest again
     drop_path: float = 0.0  # probability that the last block's branches skip an image
