@@ -24,7 +24,7 @@ def default_config() -> ConfigDict:
     c.data.labeled_fraction = (
         "1/8"  # 1/2 | 1/4 | 1/8 | 1/16 | 1, share of the train images that have a label
     )
-    c.data.labeled_list = ""  # text file of ids, one a line; replaces the draw by seed
+    c.data.labeled_list = ""  # text file, one image a line (docs/data.md); replaces the draw
     c.data.unlabeled_list = ""  # text file of ids; "" = all train images not labelled
     c.data.image_size = (
         0,
