@@ -18,6 +18,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -70,6 +71,9 @@ _SOFT = flags.DEFINE_bool(
 )
 _POLYGONS = flags.DEFINE_enum(
     "polygons", None, ["coco", "labelme"], "predict: write the masks as polygons to correct."
+)
+_TILE = flags.DEFINE_integer(
+    "tile", None, "predict: px, sides of the tiles in which TIFFs of any size go.", lower_bound=64
 )
 _OUT = flags.DEFINE_string(
     "out",
@@ -267,9 +271,18 @@ def dispatch(config: ConfigDict) -> None:
                 "--mode=predict wants whole images, but eval.mode is 'center_crop'. Set "
                 "--config.eval.mode=whole or sliding."
             )
+        from csc_jax.deploy import tiles
         from csc_jax.deploy.load import from_run
 
+        if _TILE.value and any(config.data.image_size):
+            raise UserError(
+                f"--tile is {_TILE.value}, but data.image_size is {config.data.image_size}: the "
+                "network was trained on whole images, resized, and not on parts of them."
+            )
         model = from_run(config, workdir, _CHECKPOINT.value)
+        in_tiles = None
+        if _TILE.value:
+            in_tiles = partial(tiles.segment, model.predict, model.palette, tile=_TILE.value)
         predict_folder(
             lambda image: model.predict(image, probabilities=_SOFT.value),
             _path(_IMAGES),
@@ -277,6 +290,7 @@ def dispatch(config: ConfigDict) -> None:
             class_names=model.class_names,
             extras=Extras(_CONFIDENCE.value, _SOFT.value, _POLYGONS.value),
             bits=config.data.image_bits,
+            in_tiles=in_tiles,
         )
 
 

@@ -72,6 +72,7 @@ def predict_folder(
     class_names: tuple[str, ...],
     extras: Extras = Extras(),
     bits: int = 0,
+    in_tiles: Callable[[Path, Path, Path | None], object] | None = None,
 ) -> list[Path]:
     """Writes `NAME.png` and `NAME_overlay.png` for each image, in the sub-folder that it is in.
 
@@ -87,6 +88,8 @@ def predict_folder(
       class_names: C names.
       extras: what else is written.
       bits: `data.image_bits`.
+      in_tiles: (image, TIFF for class ids, TIFF for confidence or None) -> writes these for a TIFF
+        of any size, which then has no overlay; None = TIFFs are read whole, like all others.
 
     Returns:
       The index PNGs written.
@@ -95,7 +98,9 @@ def predict_folder(
       UserError: nothing to read, no place to write, or unreadable images. These are named when all
         the others are done.
     """
-    found = _find(images, out, extras)
+    if in_tiles is not None and (extras.soft or extras.polygons):
+        raise UserError("--tile goes with --confidence, but not with --soft or --polygons.")
+    found = _find(images, out, extras, tiled=in_tiles is not None)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,6 +108,15 @@ def predict_folder(
     written, unreadable, turned = list[Path](), list[str](), list[str]()
     with _coco_file(out, class_names, extras) as coco:
         for name, path in found.items():
+            if in_tiles is not None and _is_tiff(name):
+                targets = {k: out / o for k, o in _outputs(name, extras, tiled=True).items()}
+                _make_folder(targets["index"])
+                try:
+                    in_tiles(path, targets["index"], targets.get("confidence"))
+                    written.append(targets["index"])
+                except UserError as error:
+                    unreadable.append(f"{name} ({error})")
+                continue
             try:
                 photo = codec.read_photo(path, bits)
             except UserError as error:
@@ -138,7 +152,7 @@ def predict_folder(
     return written
 
 
-def _find(images: Path, out: Path, extras: Extras) -> dict[str, Path]:
+def _find(images: Path, out: Path, extras: Extras, *, tiled: bool) -> dict[str, Path]:
     """Returns the images to predict, by their path below `images`, each with outputs of its own."""
     passed_over = ""
     if files.is_file(images, "--images"):
@@ -169,7 +183,7 @@ def _find(images: Path, out: Path, extras: Extras) -> dict[str, Path]:
         log.warning("--images=%s: %d images%s", images, len(found), passed_over)
     names: dict[str, str] = {}
     for name in found:
-        for output in _outputs(name, extras).values():
+        for output in _outputs(name, extras, tiled=tiled).values():
             other = names.setdefault(output.casefold(), name)  # some file systems ignore case
             if other != name:
                 raise UserError(
@@ -190,15 +204,22 @@ _ENCODERS: dict[str, Callable[[Prediction], bytes]] = {
 }
 
 
-def _outputs(name: str, extras: Extras) -> dict[str, str]:
-    """Returns the paths of what is written for an image, by kind."""
+def _outputs(name: str, extras: Extras, *, tiled: bool = False) -> dict[str, str]:
+    """Returns the paths of what is written for an image, by kind; `tiled` as where there is one."""
     stem = PurePosixPath(name).with_suffix("").as_posix()
+    if tiled and _is_tiff(name):
+        names = {"index": f"{stem}.tif"}
+        return names | ({"confidence": f"{stem}_confidence.tif"} if extras.confidence else {})
     outputs = {"index": f"{stem}.png", "overlay": f"{stem}_overlay.png"}
     if extras.confidence:
         outputs["confidence"] = f"{stem}_confidence.png"
     if extras.soft:
         outputs["probabilities"] = f"{stem}_probabilities.npz"
     return outputs
+
+
+def _is_tiff(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in (".tif", ".tiff")
 
 
 def _npz(result: Prediction) -> bytes:
@@ -221,11 +242,12 @@ def _coco_file(
 
 
 def _write(path: Path, encoded: bytes) -> None:
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded)
+    _make_folder(path)
+    _guarded(path, lambda: path.write_bytes(encoded))
 
-    _guarded(path, write)
+
+def _make_folder(path: Path) -> None:
+    _guarded(path, lambda: path.parent.mkdir(parents=True, exist_ok=True))
 
 
 def _guarded(path: Path, act: Callable[[], _T]) -> _T:
