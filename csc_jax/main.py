@@ -62,7 +62,7 @@ _SAVE_PREDICTIONS = flags.DEFINE_string(
 _COMPARE = flags.DEFINE_list(
     "compare", [], "report: work directories of runs to stand beside that of --workdir, by comma."
 )
-_IMAGES = flags.DEFINE_string("images", None, "predict: an image or a folder of images.")
+_IMAGES = flags.DEFINE_string("images", None, "predict: an image, a folder of images or a video.")
 _CONFIDENCE = flags.DEFINE_bool(
     "confidence", False, "predict: write the probability of each pixel's class, an 8-bit PNG."
 )
@@ -271,7 +271,7 @@ def dispatch(config: ConfigDict) -> None:
                 "--mode=predict wants whole images, but eval.mode is 'center_crop'. Set "
                 "--config.eval.mode=whole or sliding."
             )
-        from csc_jax.deploy import tiles
+        from csc_jax.deploy import tiles, video
         from csc_jax.deploy.load import from_run
 
         if _TILE.value and any(config.data.image_size):
@@ -280,12 +280,23 @@ def dispatch(config: ConfigDict) -> None:
                 "network was trained on whole images, resized, and not on parts of them."
             )
         model = from_run(config, workdir, _CHECKPOINT.value)
+        images = _path(_IMAGES)
+        if images.suffix.lower() in video.FORMATS and images.is_file():
+            if _SOFT.value or _CONFIDENCE.value or _POLYGONS.value:
+                raise UserError(
+                    f"--images={images} is a video, of which an overlay is written: leave out "
+                    "--confidence, --soft and --polygons."
+                )
+            folder = _path(_OUT)
+            folder.mkdir(parents=True, exist_ok=True)
+            video.segment(model.predict, images, folder / f"{images.stem}_overlay.mp4")
+            return
         in_tiles = None
         if _TILE.value:
             in_tiles = partial(tiles.segment, model.predict, model.palette, tile=_TILE.value)
         predict_folder(
             lambda image: model.predict(image, probabilities=_SOFT.value),
-            _path(_IMAGES),
+            images,
             _path(_OUT),
             class_names=model.class_names,
             extras=Extras(_CONFIDENCE.value, _SOFT.value, _POLYGONS.value),
