@@ -375,3 +375,20 @@ def test_a_network_that_needs_its_size_has_one(model, tmp_path, monkeypatch):
     found = program.write(tmp_path / "a", model.description, model.arrays, None)
     assert sizes == [None, (32, 32)]
     assert found == (32, 32)
+
+
+@needs_flatbuffers
+def test_a_transformer_is_exported_at_its_size(tmp_path):
+    """Of 29 x 43 px it sees 32 x 40: whole patches of 8 px."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    options = {"model__backbone": "vit_tiny", "data__crop_size": (24, 40)}
+    save_run(folder, method__name="supervised", eval__network="student", **options)
+    out = export(folder, tmp_path / "net.stablehlo", "stablehlo", size=(29, 43))
+    image = picture(29, 43)
+    expected = csc_jax.load(folder).predict(image, probabilities=True)
+    found = csc_jax.load(out).predict(image, probabilities=True)
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-4)
+    other = export(folder, tmp_path / "other.stablehlo", "stablehlo")
+    with zipfile.ZipFile(other) as archive:
+        assert json.loads(archive.read("header.json"))["program"]["size"] == [24, 40]
