@@ -139,10 +139,13 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %both.1 = (f32[64], f32[4,64]) custom-call(%p.2, %gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
-%meanwhile (p.3: f32[64]) -> f32[64] {
+%async_collective_fusion.1 (p.3: f32[64], p.6: f32[9]) -> (f32[9], f32[4,64]) {
+  %p.6 = f32[9] parameter(1)
+  %work = f32[9] negate(%p.6)
   %p.3 = f32[64] parameter(0)
   %gather.2 = f32[4,64] all-gather(%p.3), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
-  ROOT %other.1 = f32[64] custom-call(%p.3, %gather.2), custom_call_target="AsyncCollectiveStep"
+  %step = f32[4,64] custom-call(%p.3, %gather.2), custom_call_target="AsyncCollectiveStep"
+  ROOT %other.1 = (f32[9], f32[4,64]) tuple(%work, %step)
 }
 
 ENTRY %main (a: f32[2,20,20,64], k: f32[32,3,3,64], g: f32[2,10,10,32], s: f32[10,64,8], i: s32[]) -> f32[2,20,20,64] {
@@ -160,7 +163,10 @@ ENTRY %main (a: f32[2,20,20,64], k: f32[32,3,3,64], g: f32[2,10,10,32], s: f32[1
   %v = f32[64]{0:T(128)S(1)} fusion(%i), kind=kLoop, calls=%none
   %tiled = bf16[2,161,64]{2,1,0:T(8,128)(2,1)} fusion(%v), kind=kLoop, calls=%none
   %async-collective-start = (f32[64], f32[4,64]) fusion(%v), kind=kCustom, calls=%start
-  %other = f32[64] fusion(%v), kind=kCustom, calls=%meanwhile
+  %nine = f32[9] negate(%i)
+  %other = (f32[9], f32[4,64]) fusion(%v, %nine), kind=kCustom, calls=%async_collective_fusion.1
+  %async-collective-done = f32[4,64] fusion(%v), kind=kCustom, calls=%start
+  %slice-start.1 = (f32[10,64,8]{2,1,0}, f32[2,64,8]{2,1,0:T(8,128)S(1)}, s32[]) slice-start(%s), slice={[0:2], [0:64], [0:8]}
   %bare = f32[3,5] negate(%i)
   %one = f32[1,64,8]{2,1,0} fusion(%s, %i), kind=kLoop, calls=%fused_slice
   %within = f32[1,64,8]{2,1,0} fusion(%s, %i), kind=kOutput, calls=%outer
@@ -199,6 +205,8 @@ def test_memory_traffic_knows_tiles_slices_and_memory_on_the_chip():
     assert moved["tiled"] == 2 * 168 * 128 * 2  # tiles of 8 x 128, factor on the chip
     # One slice of ten read, one written, the index; also where a fusion is within another.
     assert moved["one"] == moved["within"] == 2 * 64 * 8 * 4 + 4
+    assert moved["slice-start.1"] == 2 * 64 * 8 * 4  # onto the chip
+    assert moved["other"] == 2 * 9 * 4  # what an exchange hands on meanwhile stays where it is
     assert moved["v"] == 4
     assert moved["bare"] == 3 * 5 * 4 + 4
     assert moved["out"] == moved["a"] == 0

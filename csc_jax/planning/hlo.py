@@ -27,6 +27,9 @@ FREE = (
     *("after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter"),
     *("partition-id", "replica-id", "tuple", "while", "conditional", "call"),
 )
+# A TPU's fusion of other work with a part of an exchange, and what the latter consists of.
+_GOES_ON = "async_collective_fusion"
+_CARRIED = (*COLLECTIVES, "custom-call", "get-tuple-element", "parameter", "tuple")
 _SLICES = ("dynamic-slice", "gather", "slice")  # read as much as they yield
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -131,21 +134,17 @@ class Program:
         """Returns the exchanges, wherever they stand.
 
         A TPU's compiler writes one that other work goes on beside into several fusions: that which
-        starts it, those with the other work, and that which ends it. It counts once.
+        starts it, those with the other work, also in loops, and that which ends it. It counts once,
+        where it starts.
         """
         found: list[Collective] = []
-        seen: set[tuple[str, str, str]] = set()
         for execution in self.executions:
             for computation, instruction in self._inside(execution):
                 each = self._collective(execution, computation, instruction)
-                if each is None:
-                    continue
-                if computation != execution.computation:
-                    place = execution.computation, each.kind, instruction.attribute("channel_id")
-                    if place in seen:
-                        continue
-                    seen.add(place)
-                found.append(each)
+                goes_on = computation.startswith(_GOES_ON)
+                ends = execution.instruction.name.startswith("async-collective-done")
+                if each and not goes_on and not ends:
+                    found.append(each)
         return found
 
     def products(self, execution: Execution) -> list[Product]:
@@ -165,6 +164,9 @@ class Program:
         operands = [lines[name].stored for name in instruction.operands]
         if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
             return 0
+        if instruction.opcode == "slice-start":
+            whole, part = instruction.arrays[:2]
+            return part.bytes * (whole.stored > 0) + part.stored
         if instruction.opcode.endswith("-start"):  # the result holds the operands as well
             return max(instruction.stored, sum(operands))
         if instruction.opcode == "dynamic-update-slice":  # in place
@@ -177,6 +179,9 @@ class Program:
         root = next((line for line in fused.values() if line.is_root), None)
         if root is not None and root.opcode == "dynamic-update-slice":
             written = fused[root.operands[1]].stored
+        if root is not None and called.startswith(_GOES_ON):  # the exchange's arrays are handed on
+            results = zip(instruction.arrays, root.operands, strict=False)
+            written = sum(x.stored for x, name in results if fused[name].opcode not in _CARRIED)
         read = [self._bytes_read(called, i, whole) for i, whole in enumerate(operands)]
         return written + sum(map(min, read, operands))
 
@@ -193,6 +198,8 @@ class Program:
             name = wanted.pop()
             for line in lines:
                 if name not in line.operands:
+                    continue
+                if called.startswith(_GOES_ON) and line.opcode in _CARRIED:
                     continue
                 if line.opcode == "bitcast":
                     wanted.append(line.name)
