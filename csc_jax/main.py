@@ -18,7 +18,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -203,7 +202,7 @@ def dispatch(config: ConfigDict) -> None:
     """Does what the parsed flags say."""
     import jax
 
-    from csc_jax.evaluation.predict import Extras, predict_folder
+    from csc_jax.evaluation.predict import Extras
     from csc_jax.evaluation.score import score
     from csc_jax.parallel import distributed
     from csc_jax.planning.plan import plan
@@ -271,37 +270,16 @@ def dispatch(config: ConfigDict) -> None:
                 "--mode=predict wants whole images, but eval.mode is 'center_crop'. Set "
                 "--config.eval.mode=whole or sliding."
             )
-        from csc_jax.deploy import tiles, video
-        from csc_jax.deploy.load import from_run
+        from csc_jax.deploy.predict_files import predict_files
 
-        if _TILE.value and any(config.data.image_size):
-            raise UserError(
-                f"--tile is {_TILE.value}, but data.image_size is {config.data.image_size}: the "
-                "network was trained on whole images, resized, and not on parts of them."
-            )
-        model = from_run(config, workdir, _CHECKPOINT.value)
-        images = _path(_IMAGES)
-        if images.suffix.lower() in video.FORMATS and images.is_file():
-            if _SOFT.value or _CONFIDENCE.value or _POLYGONS.value:
-                raise UserError(
-                    f"--images={images} is a video, of which an overlay is written: leave out "
-                    "--confidence, --soft and --polygons."
-                )
-            folder = _path(_OUT)
-            folder.mkdir(parents=True, exist_ok=True)
-            video.segment(model.predict, images, folder / f"{images.stem}_overlay.mp4")
-            return
-        in_tiles = None
-        if _TILE.value:
-            in_tiles = partial(tiles.segment, model.predict, model.palette, tile=_TILE.value)
-        predict_folder(
-            lambda image: model.predict(image, probabilities=_SOFT.value),
-            images,
+        predict_files(
+            config,
+            workdir,
+            _CHECKPOINT.value,
+            _path(_IMAGES),
             _path(_OUT),
-            class_names=model.class_names,
             extras=Extras(_CONFIDENCE.value, _SOFT.value, _POLYGONS.value),
-            bits=config.data.image_bits,
-            in_tiles=in_tiles,
+            tile=_TILE.value,
         )
 
 

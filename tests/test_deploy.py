@@ -9,19 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from PIL import Image
 from saved_run import STEP, save_run
 from tiny import tiny_config
 
 import csc_jax
-from csc_jax import stored_config
+from csc_jax import main, stored_config
 from csc_jax.data import codec, transforms
 from csc_jax.deploy import description as description_lib
 from csc_jax.deploy import weights
 from csc_jax.deploy.description import Description
 from csc_jax.deploy.model import Model
+from csc_jax.deploy.predict_files import predict_files
 from csc_jax.errors import UserError
 from csc_jax.evaluation import score
+from csc_jax.evaluation.predict import Extras
 
 PALETTE = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)
 NAMES = ("red", "green", "blue")
@@ -270,3 +273,35 @@ def test_paths_of_the_machine_stay_here():
     parsed = description_lib.parse(json.loads(json.dumps(values)), "here")
     assert parsed.class_names == NAMES
     assert parsed.config.data.crop_size == config.data.crop_size
+
+
+def test_the_command_predicts_what_the_model_does(run, model, tmp_path, capsys, monkeypatch):
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    image = picture(20, 24)
+    (images / "a.png").write_bytes(codec.encode_png(image))
+    command = ["csc-jax", "--mode=predict", f"--workdir={run}", f"--out={out}"]
+    with flagsaver.flagsaver():
+        assert main.main([*command, f"--images={images}", "--confidence", "--soft"]) == 0
+    expected = model.predict(image, probabilities=True)
+    with Image.open(out / "a.png") as stored:
+        np.testing.assert_array_equal(np.asarray(stored), expected.classes)
+    with np.load(out / "a_probabilities.npz") as stored:
+        np.testing.assert_allclose(stored["probabilities"], expected.probabilities, atol=1e-3)
+    assert (out / "a_confidence.png").is_file()
+
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    video = tmp_path / "a.mp4"
+    video.touch()
+    for arguments, message in (
+        ([f"--images={video}", "--soft"], "is a video, of which an overlay is written"),
+        ([f"--images={video}"], "csc-jax[video]"),
+        ([f"--images={images}", "--tile=64"], "csc-jax[tiles]"),
+    ):
+        with flagsaver.flagsaver():
+            assert main.main([*command, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    config = tiny_config(data__image_size=(8, 8))
+    with pytest.raises(UserError, match=r"--tile is 64, but data\.image_size is \(8, 8\)"):
+        predict_files(config, run, "latest", images, out, extras=Extras(), tile=64)

@@ -103,7 +103,7 @@ def segment(
     overlap = tile // 4 if overlap is None else overlap
     if not 0 <= overlap < tile:
         raise UserError(f"The overlap is {overlap} px; it is at least 0 and less than {tile}.")
-    rasterio = _library(image)
+    rasterio = library()
     finished = [out] if confidence is None else [out, confidence]
     unfinished = [path.with_name(path.name + ".unfinished") for path in finished]
     try:
@@ -149,15 +149,14 @@ def _segment(
         return source.height, source.width
 
 
-def _library(image: Path) -> Any:
+def library() -> Any:
+    """Returns rasterio; UserError where it is not installed."""
     try:
         import rasterio
         import rasterio.errors
         import rasterio.windows
     except ImportError as error:
-        raise UserError(
-            f"{image} is read in tiles, which needs rasterio: pip install 'csc-jax[tiles]'."
-        ) from error
+        raise UserError("Tiles need rasterio: pip install 'csc-jax[tiles]'.") from error
     return rasterio
 
 

@@ -46,12 +46,7 @@ def segment(predict: Callable[[np.ndarray], Any], video: Path, out: Path) -> int
     Raises:
       UserError: PyAV is not installed, or the file is no video that can be read.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise UserError(
-            f"{video} is a video, which needs PyAV: pip install 'csc-jax[video]'."
-        ) from error
+    av = library(video)
     unfinished = out.with_name(out.name + ".unfinished")
     began, count = time.monotonic(), 0
     try:
@@ -93,6 +88,17 @@ def segment(predict: Callable[[np.ndarray], Any], video: Path, out: Path) -> int
         unfinished.unlink(missing_ok=True)
     log.info("%d frames written to %s, %.2g frames/s", count, out, count / _since(began))
     return count
+
+
+def library(video: Path) -> Any:
+    """Returns PyAV; UserError where it is not installed."""
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(
+            f"{video} is a video, which needs PyAV: pip install 'csc-jax[video]'."
+        ) from error
+    return av
 
 
 def _checked_size(stream: Any, video: Path) -> tuple[int, int]:
