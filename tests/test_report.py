@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -354,13 +355,13 @@ def test_launches_are_kept_with_their_commands(tmp_path, monkeypatch):
     path = Path(launches.__file__).parents[1] / "main.py"
     command = ["--config", "camvid", "--workdir=a b", "--config.seed=3", "--config.wandb"]
     monkeypatch.setattr("sys.argv", [str(path), *command])
-    with launches.launched(tmp_path, jax.devices()[:2]):
+    with launches.launched(tmp_path, jax.devices()[:2], time.perf_counter()):
         (running,) = launches.read_launches(tmp_path)
         assert running.seconds is None
     monkeypatch.setattr("sys.argv", ["notebook.py"])
     with (
         pytest.raises(ZeroDivisionError),
-        launches.launched(tmp_path, jax.devices()[:1]),
+        launches.launched(tmp_path, jax.devices()[:1], time.perf_counter()),
     ):
         _ = 1 / 0
     first, second = launches.read_launches(tmp_path)

@@ -81,11 +81,19 @@ class Launch:
 
 
 @contextlib.contextmanager
-def launched(workdir: Path, devices: Sequence[jax.Device]) -> Iterator[None]:
-    """Notes when the part of a run within begins and ends; never a reason for it to fail."""
-    begin = time.perf_counter()
+def launched(workdir: Path, devices: Sequence[jax.Device], began: float) -> Iterator[None]:
+    """Notes when a part of a run began and when it ends; never a reason for it to fail.
+
+    It is entered once nothing is left that could refuse the run.
+
+    Args:
+      workdir: of the run.
+      devices: that it computes on.
+      began: by `time.perf_counter`.
+    """
+    since = datetime.timedelta(seconds=time.perf_counter() - began)
     launch = Launch(
-        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        (datetime.datetime.now(datetime.UTC) - since).isoformat(timespec="seconds"),
         _command(sys.argv),
         _versions(),
         f"{len(devices)} x {devices[0].device_kind}",
@@ -96,7 +104,7 @@ def launched(workdir: Path, devices: Sequence[jax.Device]) -> Iterator[None]:
     try:
         yield
     finally:
-        _append(workdir, {"launch": key, "seconds": round(time.perf_counter() - begin, 1)})
+        _append(workdir, {"launch": key, "seconds": round(time.perf_counter() - began, 1)})
 
 
 def read_launches(workdir: Path) -> list[Launch]:

@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import operator
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,6 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
 
     with contextlib.ExitStack() as stack:
         distributed.first_only(lambda: stack.enter_context(lock(workdir)))
-        devices = experiment.mesh.devices.flatten().tolist()
-        distributed.first_only(lambda: stack.enter_context(launched(workdir, devices)))
         stop = stack.enter_context(StopRequest())
         checkpointer = stack.enter_context(Checkpointer(workdir, config.checkpoint.keep))
         run = describe(experiment) | {"data": images}
@@ -105,6 +104,7 @@ def _train(
     workdir: Path,
 ) -> Scores:
     config, total = experiment.config, experiment.config.train.steps
+    began = time.perf_counter()
     state, step_fn, restored = _prepare(experiment, run, checkpointer, iterator)
     start = int(state.step)
     distributed.first_only(lambda: _write_what_is_run(run, dataset, partition, workdir))
@@ -115,7 +115,12 @@ def _train(
         probe.resume(restored.probe, restored.loop.get("probe"))
     probe.measure(start, state)
     scores: Scores | None = None
-    with open_recorder(config, workdir, start, run["data"]["steps_per_epoch"]) as recorder:
+    with contextlib.ExitStack() as stack:
+        devices = experiment.mesh.devices.flatten().tolist()
+        distributed.first_only(lambda: stack.enter_context(launched(workdir, devices, began)))
+        recorder = stack.enter_context(
+            open_recorder(config, workdir, start, run["data"]["steps_per_epoch"])
+        )
         # A run that was stopped before it could evaluate leaves that to the next, which then saves
         # the step again, with the score that decides whether it is the best.
         evaluation_due = False
