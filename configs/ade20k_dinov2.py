@@ -3,7 +3,7 @@
 Command:    python -m csc_jax.main --config=configs/ade20k_dinov2.py --workdir=W \
                 --config.data.root=DIR --config.model.pretrained=dinov2_vits14_pretrain.pth \
                 --config.data.labeled_list=1_64/labeled.txt
-            The lists are UniMatch V2's, taken as they are. All other train images are unlabelled.
+            The lists are UniMatch V2's, unchanged. All other train images are unlabelled.
 Hardware:   one GPU or several; 8 + 8 images a step over all of them.
 Run time:   not measured yet.
 Expected:   as published for DINOv2-B at 1/64 / 1/32 / 1/16 / 1/8: mIoU 38.7 / 45.0 / 46.7 / 49.8 %.

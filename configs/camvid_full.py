@@ -4,7 +4,7 @@ Command:    pip install -e '.[efficientnet]'
             python -m csc_jax.main --config=configs/camvid_full.py --config.data.root=DIR \
                 --workdir=W
 Hardware:   one GPU
-Run time:   not measured; supervised made 38 steps a second on an H100, once XLA had compiled it
+Run time:   not measured; supervised made 38 steps a second on an H100, compilation aside
 Expected:   not measured
 """
 

@@ -1,8 +1,8 @@
 """Cityscapes (2,975 / 500, 19 classes) with the paper's recipe.
 
 Command:    python -m csc_jax.main --config=configs/cityscapes.py --config.data.root=DIR --workdir=W
-            DIR holds leftImg8bit/ and gtFine/.
-Hardware:   one GPU or several; a step needs 7.3 GiB of its memory, as planned for an H100. Not
+            DIR holds leftImg8bit/ and gtFine/, or the archives of both.
+Hardware:   one GPU or several; a step on one H100 needs 7.3 GiB of its memory (planned). Not
             trained yet by this project.
 Run time:   68 ms a step on one H100, images on the device (docs/performance.md)
 Expected:   the paper has a teacher mIoU of 75.64 at 1/8, 372 labelled images (Table VIII), from a

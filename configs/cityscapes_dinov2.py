@@ -4,7 +4,7 @@ Command:    python -m csc_jax.main --config=configs/cityscapes_dinov2.py --workd
                 --config.data.root=DIR --config.model.pretrained=dinov2_vits14_pretrain.pth \
                 --config.data.labeled_list=1_16/labeled.txt \
                 --config.data.unlabeled_list=1_16/unlabeled.txt
-            The lists are UniMatch V2's, taken as they are.
+            The lists are UniMatch V2's, unchanged.
 Hardware:   several GPUs; 8 + 8 images of 798x798 px a step over all of them.
 Run time:   not measured yet.
 Expected:   as published for DINOv2-B at 1/16 / 1/8 / 1/4 / 1/2: mIoU 83.6 / 84.3 / 84.5 / 85.1 %.

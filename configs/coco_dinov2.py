@@ -3,7 +3,7 @@
 Command:    python -m csc_jax.main --config=configs/coco_dinov2.py --workdir=W \
                 --config.data.root=DIR --config.model.pretrained=dinov2_vits14_pretrain.pth \
                 --config.data.labeled_list=1_512/labeled.txt
-            The lists are UniMatch V2's, taken as they are. All other train images are unlabelled.
+            The lists are UniMatch V2's, unchanged. All other train images are unlabelled.
 Hardware:   several GPUs; 8 + 8 images a step over all of them.
 Run time:   not measured yet.
 Expected:   as published for DINOv2-B at 1/512 / 1/256 / 1/128 / 1/64 / 1/32: mIoU

@@ -15,7 +15,7 @@ from csc_jax.config import default_config
 def get_config() -> ConfigDict:
     c = default_config()
     c.data.name = "folder"
-    c.data.labeled_fraction = "1/8"  # "1" = all that have a label; those without are used anyway
+    c.data.labeled_fraction = "1/8"  # "1" = all labels; images without one are always unlabelled
     c.data.crop_size = (320, 320)
 
     c.batch.labeled = 4

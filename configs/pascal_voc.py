@@ -1,8 +1,8 @@
 """Pascal VOC 2012, augmented annotations (10,582 / 1,449, 21 classes), with the paper's recipe.
 
 Command:    python -m csc_jax.main --config=configs/pascal_voc.py --config.data.root=DIR --workdir=W
-            DIR is VOCdevkit or VOCdevkit/VOC2012.
-Hardware:   one GPU with 80 GB, or several with fewer; not run yet by this project.
+            DIR holds VOCdevkit (docs/data.md).
+Hardware:   one GPU or several; not run yet by this project.
 Run time:   not measured yet.
 Expected:   the paper has a teacher mIoU of 78.68 at 1/8, 1,323 labelled images (Table V), from a
             ResNet-101 pretrained on ImageNet. Without pretrained weights it will be well below.

@@ -4,13 +4,14 @@ Command:    python -m csc_jax.main --config=configs/pascal_voc_dinov2.py --workd
                 --config.data.root=DIR --config.model.pretrained=dinov2_vits14_pretrain.pth \
                 --config.data.labeled_list=92/labeled.txt \
                 --config.data.unlabeled_list=92/unlabeled.txt
-            DIR is VOCdevkit; the lists are UniMatch V2's, taken as they are. The same for DINOv2-B:
-            --config.model.backbone=dinov2_base with its weights. The paper's module on top:
-            --config.method.contrast=csc, or CSC itself: --config.method.name=csc.
+            DIR holds VOCdevkit (docs/data.md); the lists are UniMatch V2's, unchanged. For
+            DINOv2-B: --config.model.backbone=dinov2_base with its weights. For the module of the
+            CSC paper on top: --config.method.contrast=csc; for CSC itself:
+            --config.method.name=csc.
 Hardware:   one GPU or several; 16 + 16 images a step over all of them. For a GPU with less memory:
             --config.model.remat=True.
-Run time:   not measured yet by this project; its authors' log of 92 labels says 23 GPU hours.
-Expected:   student's EMA teacher on val, mIoU %, as published for DINOv2-S at 92 labels: 79.0; for
+Run time:   not measured yet by this project; the authors' log for 92 labels says 23 GPU hours.
+Expected:   mIoU % of the EMA teacher on val, as published for DINOv2-S at 92 labels: 79.0; for
             DINOv2-B at 92 / 183 / 366 / 732 / 1464: 86.3 / 87.9 / 88.9 / 90.0 / 90.8. Not trained
             yet by this project.
 """

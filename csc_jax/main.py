@@ -38,8 +38,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "A file, or the name of one that comes with csc_jax; any field is overridden by "
-    "--config.section.field=value. Without it, evaluate, report, predict and plan take the config "
-    "of the run in --workdir.",
+    "--config.section.field=value. Without it, evaluate, report, predict, export and plan take the "
+    "config of the run in --workdir.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, plots.")
 _MODE = flags.DEFINE_enum(
@@ -59,7 +59,7 @@ _SAVE_PREDICTIONS = flags.DEFINE_string(
     "evaluate: folder for a PNG an image: Cityscapes label ids, Pascal VOC palette, or class ids.",
 )
 _COMPARE = flags.DEFINE_list(
-    "compare", [], "report: work directories of runs to stand beside that of --workdir, by comma."
+    "compare", [], "report: work directories of other runs to show, separated by commas."
 )
 _IMAGES = flags.DEFINE_string("images", None, "predict: an image, a folder of images or a video.")
 _CONFIDENCE = flags.DEFINE_bool(
@@ -72,7 +72,7 @@ _POLYGONS = flags.DEFINE_enum(
     "polygons", None, ["coco", "labelme"], "predict: write the masks as polygons to correct."
 )
 _TILE = flags.DEFINE_integer(
-    "tile", None, "predict: px, sides of the tiles in which TIFFs of any size go.", lower_bound=64
+    "tile", None, "predict: px, sides of the tiles that a TIFF is segmented in.", lower_bound=64
 )
 _OUT = flags.DEFINE_string(
     "out",
@@ -93,22 +93,24 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "plan: hardware to compile for, such as v5e:4x4 or h100:8."
 )
 _CLASSES = flags.DEFINE_integer(
-    "classes", None, "plan: how many, where the data set does not say.", lower_bound=1
+    "classes", None, "plan: number of classes of a data set of your own.", lower_bound=1
 )
 _UNLABELED = flags.DEFINE_integer(
-    "unlabeled", None, "plan: images of the unlabelled list, likewise.", lower_bound=1
+    "unlabeled", None, "plan: number of unlabelled images of such a data set.", lower_bound=1
 )
 _FIT = flags.DEFINE_bool("fit", False, "plan: look for the largest batch, compiling a few times.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
-    "Several processes started by hand: HOST:PORT of process 0. Slurm, Kubernetes, Open MPI and "
-    "TPU pods need none of these three.",
+    "Several processes started by hand: HOST:PORT of process 0. On Slurm, Kubernetes, Open MPI and "
+    "TPU pods leave out --coordinator, --num_processes and --process_id.",
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Number of this process, from 0.", lower_bound=0
+)
 _INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
-    "initialization_timeout", 300, "Seconds for all processes to come.", lower_bound=1
+    "initialization_timeout", 300, "Seconds to wait for all processes to start.", lower_bound=1
 )
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
     "heartbeat_timeout",
@@ -122,7 +124,8 @@ _REQUIRED = {  # flags that a mode cannot do without
     "train": _RUN,
     "evaluate": _RUN,
     "report": _RUN,
-    "predict": _RUN | {"images": "an image or a folder of images", "out": "the folder to write to"},
+    "predict": _RUN
+    | {"images": "an image, a folder of images or a video", "out": "the folder to write to"},
     "export": _RUN
     | {
         "format": "stablehlo, safetensors, bundle or onnx",

@@ -1,6 +1,6 @@
 """Every field of a run, with unit and source; a file in `configs/` changes the few it needs.
 
-`decisions.md N` is row N of docs/decisions.md, `lineage` the family of public training codes that
+`decisions.md N` is point N of docs/decisions.md, `lineage` the family of public training codes that
 the paper builds on (U2PL, ContrastiveSeg, AEL).
 """
 
@@ -30,7 +30,7 @@ def default_config() -> ConfigDict:
         0,
         0,
     )  # (height, width) px every image is resized to first; (0, 0) = own size
-    c.data.image_bits = 0  # bits that images of 16 bits use, 9..16; 0 = 16, or an error if dark
+    c.data.image_bits = 0  # bits that images of 16 bits use, 9..16; 0 = 16 (docs/data.md)
     c.data.crop_size = (64, 64)  # (height, width) px of a training crop
     c.data.scale_range = (0.5, 2.0)  # random resize, ratio to the image (decisions.md 22)
     c.data.flip = True  # random horizontal flip (decisions.md 22)
@@ -228,7 +228,7 @@ def default_config() -> ConfigDict:
     c.optimizer = ConfigDict()
     c.optimizer.name = "sgd"  # sgd | adamw
     c.optimizer.learning_rate = 1e-3  # at step 0, of the backbone
-    c.optimizer.scale_rate = False  # learning_rate times batch.labeled / recipe_batch
+    c.optimizer.scale_rate = False  # True: learning_rate times batch.labeled / recipe_batch
     c.optimizer.recipe_batch = 0  # labelled images a step that the recipe's learning_rate is for
     c.optimizer.head_multiplier = 1.0  # learning rate of everything but the backbone, as a ratio
     c.optimizer.momentum = 0.9  # sgd only (decisions.md 24)
@@ -240,7 +240,7 @@ def default_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.steps = 0  # optimizer steps; 0 = take train.epochs instead
     c.train.epochs = 0.0  # passes over the unlabelled list where steps is 0 (decisions.md 20)
-    c.train.accumulate = 1  # parts of a batch, one after the other, to save memory (FAQ)
+    c.train.accumulate = 1  # parts of a batch, one after the other, to save memory (docs/faq.md)
     c.train.log_every = 10  # steps between progress lines and metric records
     c.train.eval_every = 100  # steps between evaluations; 0 = only at the end
     c.train.panels = 4  # val images drawn into W/plots at each evaluation
