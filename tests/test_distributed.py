@@ -259,7 +259,7 @@ def test_a_launcher_that_does_not_say_enough_is_an_error(monkeypatch):
 def test_processes_that_do_not_come_are_not_waited_for_longer_than_asked():
     join = "distributed.join('localhost:9', 2, 1, initialization_timeout=1)"
     done = subprocess.run(
-        [sys.executable, "-c", f"from csc_jax import distributed; {join}"],
+        [sys.executable, "-c", f"from csc_jax.parallel import distributed; {join}"],
         capture_output=True,
         text=True,
         check=False,

@@ -78,7 +78,7 @@ def test_pictures_name_method_data_and_seed(tmp_path, monkeypatch):
         _draw(built, None, 40, panels, Scores(confusion, note="center_crop"), Path("unused"))
         title = "unimatch+csc on synthetic, seed 3"
         assert drawn == {
-            f"{title}, step 40: mIoU 12.5% on val (center_crop)": (
+            f"{title}, step 40: mIoU 12.5% (2 of 7 classes) on val (center_crop)": (
                 "ignored or not kept" if columns else "ignored"
             ),
             f"{title} (center_crop)": "",

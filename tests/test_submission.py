@@ -36,7 +36,7 @@ def test_cityscapes_gets_official_names_and_label_ids(tmp_path):
         assert image.mode == "L"
         stored = np.asarray(image)
     # Read as ground truth, the file says what was predicted.
-    np.testing.assert_array_equal(cityscapes._LABEL_IDS[stored], classes)
+    np.testing.assert_array_equal(cityscapes._LABEL_IDS.table[stored], classes)
     assert stored[classes == 0][0] == 7  # road
     assert stored[classes == 18][0] == 33  # bicycle
 
@@ -45,7 +45,7 @@ def test_cityscapes_is_enlarged_to_its_own_size_where_the_run_reduced_it(tmp_pat
     classes = random_classes(19, (8, 16))
     writer("cityscapes", [FRANKFURT], tmp_path, resized=True)(FRANKFURT, classes)
     with Image.open(tmp_path / written(tmp_path)[0]) as image:
-        stored = cityscapes._LABEL_IDS[np.asarray(image)]
+        stored = cityscapes._LABEL_IDS.table[np.asarray(image)]
     np.testing.assert_array_equal(stored, classes.repeat(128, 0).repeat(128, 1))
 
 
