@@ -506,7 +506,7 @@ def _(case):
     case.refused("has an EXIF orientation; labels are taken as they are stored")
 
 
-@row(LABELS, "a file of another kind")
+@row(LABELS, "a file of another format")
 def _(case):
     (case.root / "labels/train/0.png").rename(case.root / "labels/train/0.json")
     case.refused(r"0\.json is no label that is read .*import_annotations.py")
