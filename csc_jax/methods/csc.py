@@ -6,27 +6,29 @@ Algorithm 1 line by line:
     L = L_p, or L_c once no class is empty  `contrast.bank_ready`, asked in `_contrastive_loss`
     feats_l, feats_u = Sampling(...)        `_sample`: `contrast.take_semi_hard`
     minimise L(feats_l), L(feats_u)         `_contrastive_loss`: `contrast.contrastive_loss`, a half
-                                            at a time; the optimizer's step is `train_step`'s
+                                            at a time; `training.step.train_step` takes the step
     EMA update of the teacher               `base.update`
     B_tmp = f_cons(B, feats_l, feats_u)     `_update_bank`: `contrast.update_memory_bank`, Eq. 8
     accept if Separ falls                   … its strict gate, Eq. 9
     B_tmp = f_que(B, feats_l, feats_u)      … the enqueue step
     accept if Separ falls                   … its range gate (decisions.md 4)
 
-The module only needs the base method's `Pixels`, so it goes on top of any other method, too:
-`--config.method.name=cps --config.method.contrast=csc`. Its parts switch on one by one, as in
-Tables I to IV:
+The module needs only the base method's `Pixels`, so it also works on top of any other method:
+`--config.method.name=cps --config.method.contrast=csc`. Fields switch its parts on one by one, as
+in Tables I to IV:
 
     L_p alone            contrast.memory_bank=False
     + memory bank        contrast.top_n=0 contrast.consistency=False contrast.enqueue_gate=off
     + TopN                                contrast.consistency=False contrast.enqueue_gate=off
     + CSCM (all of CSC)  the defaults
 
-What differs from the authors' program, where the paper says otherwise or nothing: theirs also
-enqueues the mean of each class over an image and over small regions of it; there a class of an
-image takes part only with more pixels than views, here with any; there Separ_b also follows the
-Separ of a rejected bank, here that of accepted ones alone (decisions.md 4). The teacher's mode and
-first epoch are those of decisions.md 19a and 19b.
+What differs from the authors' program, where the paper says otherwise or nothing:
+
+- It also enqueues the mean of each class over an image and over small regions of it.
+- It draws a class of an image only if the class has more pixels than views; here one is enough.
+- Its Separ_b also follows the Separ of a rejected bank; here only that of accepted ones
+  (decisions.md 4).
+- The teacher's mode and its first epoch (decisions.md 19a and 19b).
 """
 
 from typing import Any, NamedTuple
