@@ -49,7 +49,9 @@ def test_nothing_left_unlabelled_is_an_error(tmp_path):
         data.partition(config, counted_dataset("a"), 0)
 
 
-@pytest.mark.parametrize("fraction", ["0", "-1/8", "9/8", "1/0", "an eighth", "", "nan"])
+@pytest.mark.parametrize(
+    "fraction", ["0", "-1/8", "9/8", "1/0", "an eighth", "", "nan", "1e-999999999"]
+)
 def test_a_share_that_is_none_is_an_error(tmp_path, fraction):
     config = data_config(tmp_path, labeled_fraction=fraction).data
     with pytest.raises(UserError, match=rf"data\.labeled_fraction is '{fraction}'; .*such as 1/8"):
@@ -218,3 +220,36 @@ def test_the_second_column_names_no_other_image(tmp_path):
     for line in ("images/x.jpg labels/b.png", "images/x labels/b", "x,b", "a b", "a.jpg b.png"):
         with pytest.raises(UserError, match="not in the train split"):
             data.partition(lists_config(tmp_path, f"{line}\n".encode()), dataset, 0)
+
+
+def test_a_name_with_blanks_or_commas_is_one_name(tmp_path):
+    """As copies of a photo are called; what stands before the blank may be another image."""
+    dataset = counted_dataset(["train/photo", "train/photo (1)", "train/a,b", "train/a"])
+    for line, name in (
+        ("photo (1)", "train/photo (1)"),
+        ("photo (1).jpg", "train/photo (1)"),
+        ("photo 1", "train/photo"),
+        ("a,b", "train/a,b"),
+        ("a,1", "train/a"),
+        ("images/train/photo (1).jpg labels/train/photo (1).png", "train/photo (1)"),
+        ("images/train/photo (1).jpg,labels/train/photo (1).png", "train/photo (1)"),
+        ('"images/train/a,b.jpg","labels/train/a,b.png"', "train/a,b"),
+        ("images/train/photo.jpg\tlabels/train/photo_mask (1).png", "train/photo"),
+    ):
+        config = lists_config(tmp_path, f"{line}\n".encode())
+        assert data.partition(config, dataset, 0).labeled == (name,), line
+    for line in ("photo.jpg photo (1).jpg", "images/train/photo.jpg labels/train/a,b.png"):
+        with pytest.raises(UserError, match="not in the train split"):
+            data.partition(lists_config(tmp_path, f"{line}\n".encode()), dataset, 0)
+
+
+def test_a_name_of_several_images_is_told_as_such(tmp_path):
+    dataset = counted_dataset(["a/1", "b/1", "b/2"])
+    with pytest.raises(UserError, match=r"names 1\.jpg, which several images .* as in a/1"):
+        data.partition(lists_config(tmp_path, b"2.jpg\n1.jpg\n"), dataset, 0)
+
+
+def test_a_line_longer_than_any_path_takes_no_time(tmp_path):
+    line = "/".join("a" * 10**6)  # each of its ends is a name that an image could have
+    with pytest.raises(UserError, match="not in the train split"):
+        data.partition(lists_config(tmp_path, f"{line}\n".encode()), counted_dataset("bc"), 0)

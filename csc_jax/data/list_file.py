@@ -21,6 +21,8 @@ _ROOTS = ("images", "leftimg8bit", "jpegimages")  # what data sets keep their im
 _TRAIN = re.compile(r"train(ing)?([-_]?\d{4})?", re.IGNORECASE)
 _OTHER_SPLIT = re.compile(r"train_extra|(val(id(ation)?)?|test(ing)?)([-_]?\d{4})?", re.IGNORECASE)
 
+_MOST = 1 << 13  # characters of a line: two paths as long as a system takes them
+
 _Name = tuple[str, ...]  # parts of a path below the folder of the images, without suffix
 
 
@@ -49,7 +51,9 @@ class Ids:
             self._ends[end] = None if self._ends.get(end, of) != of else of
 
     def find(self, line: str) -> str | None:
-        """Returns the id that a line means, None if it means none."""
+        """Returns the id that a line means, None if it means none or may mean several."""
+        if len(line) > _MOST:
+            return None
         line = _composed(line)
         for text in (line, line.strip()):
             if text in self._ids:
@@ -57,10 +61,21 @@ class Ids:
         for column, is_certain in _first_columns(line.strip()):
             if found := self._ids.get(column) or self._find(_name(column), is_certain):
                 # Another image behind it is a second id, or a label that is not this image's.
-                others = re.split(r"[\s,;|]+", line.strip()[len(column) :])
-                named = {self._find(_name(text.strip("\"'")), True) for text in others}
+                rest = line.strip().removeprefix('"').removeprefix("'")[len(column) :]
+                label = re.split(r"[\s,;|]", rest.strip("\"'"), maxsplit=1)[-1].strip("\"' \t,;|")
+                whole = self._find(_name(label), True)  # its name may hold blanks as well
+                if whole is None:
+                    parts = re.split(r"[\s,;|]+", rest)
+                    named = {self._find(_name(text.strip("\"'")), True) for text in parts}
+                else:
+                    named = {whole}
                 return found if named <= {None, found} else None
         return None
+
+    def is_ambiguous(self, line: str) -> bool:
+        """Whether a line that `find` has no id for is the end of several images' paths."""
+        name = _name(line.strip()) if len(line) <= _MOST else ()
+        return self._ends.get(name, "") is None
 
     def _find(self, name: _Name, may_have_more: bool) -> str | None:
         if found := self._names.get(name) or self._ends.get(name):
@@ -98,6 +113,9 @@ def _first_columns(line: str) -> list[tuple[str, bool]]:
             line.split()[0] if line.split() else "",
             re.split(r"[\t,;|]", line, maxsplit=1)[0],
         ]
+        # "photo (1)" is no second column behind "photo", but "a/1 b/1" are two.
+        if not re.search(r"[\s,;|].*[/\\]", line):
+            columns = [line, *reversed(columns)]
     certain = match is not None
     return [(column.strip().strip("\"'"), certain or " " not in column) for column in columns]
 

@@ -2,6 +2,7 @@
 
 import fractions
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -87,7 +88,8 @@ def _draw(fraction: fractions.Fraction, source: Source, seed: int) -> Partition:
 
 def _fraction(text: str) -> fractions.Fraction:
     try:
-        value = fractions.Fraction(text)
+        # An exponent of nine digits would take the memory of that many.
+        value = fractions.Fraction(text if not re.search(r"e\W?\d{4}", text, re.I) else "")
     except (ValueError, ZeroDivisionError):
         value = fractions.Fraction(0)
     if not 0 < value <= 1:
@@ -155,6 +157,14 @@ def _refuse(field: str, path: str, unknown: Sequence[str], dataset: Dataset) -> 
                 f"{field} {path} names {_some(found)} of the split {split}, which is never trained "
                 "on. Take such lines out, or name another list."
             )
+    known = list_file.Ids(dataset.sources["train"].ids)
+    several = [line for line in unknown if known.is_ambiguous(line)]
+    if several:
+        raise UserError(
+            f"{field} {path} names {_some(several)}, which several images of the train split end "
+            "in. Write the folders before it, as in "
+            f"{min(dataset.sources['train'].ids)}."
+        )
     raise UserError(
         f"{field} {path} names {_some(unknown)}, not in the train split; its ids look like "
         f"{min(dataset.sources['train'].ids)}."
