@@ -1,6 +1,7 @@
 """What is found in the user's folder: layouts, archives, pools, class lists, and their faults."""
 
 import json
+import re
 import shutil
 import stat
 import zipfile
@@ -354,7 +355,11 @@ def test_a_class_list_may_lie_elsewhere_and_fewer_classes_prepare_anew(tmp_path)
     ("name", "content", "message"),
     [
         ("classes.txt", "a\nb\na\n", r"classes\.txt holds 'a' twice"),
-        ("classes.txt", "a\n", r"holds 1 classes; it takes 2 to 254"),
+        (
+            "classes.txt",
+            "a\n",
+            r"holds 1 class, 'a'; it takes 2 to 254 different names, one a line",
+        ),
         ("classes.txt", "\n".join(map(str, range(255))), r"holds 255 classes"),
         ("classes.txt", "a\nb 1 2 300", r"cannot be read \(\(1, 2, 300\) is no colour"),
         ("classes.txt", b"\xff\xfe\xff", r"classes\.txt cannot be read"),
@@ -369,6 +374,47 @@ def test_faults_of_class_lists_are_named(tmp_path, name, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         class_list.read_classes(path)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["sky #abc", "road #def"],
+        ["sky #804080ff", "road #804081ff"],
+        ["sky 0x804080", "road"],
+        ["sky 80ff80", "road 8040a0"],
+        ["sky 0.5 0.5 0.5", "road"],
+        ["sky 0.5", "road 0.7"],
+        ["sky -1 0 0", "road 1 2 3"],
+        ["sky (0, 0, 0)", "road (1, 2, 3)"],
+        ["sky rgb(1,2,3)", "road rgb(4,5,6)"],
+        ["sky|0|0|0", "road|1|2|3"],
+        ["0 sky 1 2", "1 road 3 4"],
+        ["0 0 0 0 sky", "1 1 2 3 road"],
+        ["sky # above", "road"],
+        ["// classes", "sky", "road"],
+        ["id,name,r,g,b", "0,sky,,,", "1,road,1,2,3"],
+        ["id,name", "0,", "1,road"],
+        ["name,color", "sky,blue", "road,#010203"],
+    ],
+)
+def test_what_is_no_colour_is_no_part_of_a_name(tmp_path, lines):
+    (tmp_path / "c.txt").write_text("\n".join(lines))
+    shown = next(line for line in lines if "," in line or len(line.split()) > 1 or "|" in line)
+    shown = lines[1] if shown.startswith(("id", "name")) else shown
+    with pytest.raises(UserError, match=rf"c\.txt cannot be read \(the line '{re.escape(shown)}'"):
+        class_list.read_classes(tmp_path / "c.txt")
+
+
+def test_names_that_end_in_numbers_or_look_alike(tmp_path):
+    (tmp_path / "c.txt").write_text("C#\nlane #2\nzone 1 2\nclass 80\nm²/s\n")
+    names = class_list.read_classes(tmp_path / "c.txt").names
+    assert names == ("C#", "lane #2", "zone 1 2", "class 80", "m²/s")
+    (tmp_path / "c.txt").write_text("e\u0301\n\u00e9\n")
+    with pytest.raises(UserError, match="twice"):
+        class_list.read_classes(tmp_path / "c.txt")
+    (tmp_path / "c.txt").write_text("Pixel Value, Class\n1, road\n0, sky\n")  # Roboflow's
+    assert class_list.read_classes(tmp_path / "c.txt").names == ("sky", "road")
 
 
 def test_halves_of_characters_and_bottomless_lists_are_named(tmp_path):

@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,8 @@ _WAY_OUT = (
     '#804080), or as JSON a list of names or of {"name": …, "color": [R, G, B]}; docs/data.md '
     "lists the other forms that are read."
 )
+
+_LONGEST = 200  # characters of a line that an error shows
 
 _Color = tuple[int, int, int]
 
@@ -93,12 +95,15 @@ def read_classes(path: Path) -> ClassList:
         raise UserError(f"{_FIELD} {path} cannot be read ({error}). {_WAY_OUT}") from error
     classes = [entry for entry in entries if not entry.is_void]
     void = [entry for entry in entries if entry.is_void]
-    names = tuple(entry.name for entry in classes)
+    names = tuple(unicodedata.normalize("NFC", entry.name) for entry in classes)
     twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice or not 2 <= len(names) <= MAX_CLASSES:
-        fault = f"{twice[0]!r} twice" if twice else f"{len(names)} classes"
+        one = f"1 class, {names[0][:_LONGEST]!a}" if names else ""
+        fault = one if len(names) == 1 else f"{len(names)} classes"
+        fault = f"{twice[0]!r} twice" if twice else fault
         raise UserError(
-            f"{_FIELD} {path} holds {fault}; it takes 2 to {MAX_CLASSES} different names."
+            f"{_FIELD} {path} holds {fault}; it takes 2 to {MAX_CLASSES} different names, one a "
+            "line."
         )
     palette = colormap()[: len(names)]
     colors = {i: entry.color for i, entry in enumerate(classes) if entry.color}
@@ -137,12 +142,31 @@ _NUMBERED = re.compile(r"(\d+)(?:\s*[:=,;.)\t]\s*|\s+)(\S.*)")
 _CVAT = re.compile(r"([^#][^:]*):(?:(\d+),(\d+),(\d+))?:[^:]*:[^:]*")
 # What stands at the ends of lines of other forms: JSON, YAML, Python, INI, HTML.
 _OTHER = re.compile(r"[\[\]{}<>\"'%@*=|&!?`(),;:-].*|.*[\[\]{}<>\"'=|`,;:]|.*[:=,;]\s*\d+")
+# What stands behind a name and is no colour that is read: more or other numbers than three of 0 to
+# 255 (0.5 0.5 0.5, -1 0 0, rgb(1,2,3), 1|2|3), other forms of hexadecimal, a comment.
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+_BEHIND = re.compile(
+    rf".*[\s,;:|(]{_NUMBER}(?:[\s,;:|]+{_NUMBER}){{2,}}\W*"
+    r"|.*[\s,;:|](?:#|0x)(?:[0-9a-f]{3,4}|[0-9a-f]{6}|[0-9a-f]{8})|//.*|.*\s(?:#|//)\s.*",
+    re.IGNORECASE,
+)
+_END_NUMBER = re.compile(rf"(.*)[\s,;:|](?:{_NUMBER}|[0-9a-fA-F]{{6}})")
 _HEADERS = {
     "name": (
         *("name", "names", "class", "classes", "label", "labels", "category"),
         *("class_name", "classname", "class name", "label_name"),
     ),
-    "id": ("id", "idx", "index", "value", "class_id", "label_id", "number", "class id"),
+    "id": (
+        "id",
+        "idx",
+        "index",
+        "value",
+        "class_id",
+        "label_id",
+        "number",
+        "class id",
+        "pixel value",
+    ),
     "red": ("r", "red"),
     "green": ("g", "green"),
     "blue": ("b", "blue"),
@@ -165,16 +189,26 @@ def _from_lines(text: str) -> tuple[list[_Entry], bool]:
         return [_entry(line) for line in kept], False
     numbered = [match for line in kept if (match := _NUMBERED.fullmatch(line))]
     if len(numbered) == len(kept) and not all(_NUMBERED.fullmatch(m[2]) for m in numbered):
-        return _in_order([(_whole(m[1]), _entry(m[2])) for m in numbered], kept), True
+        entries = _in_order([(_whole(m[1]), _entry(m[2])) for m in numbered], kept)
+        _check_ends(entries, kept)
+        return entries, True
     if numbered:
-        fault = "more numbers than an id" if len(numbered) == len(kept) else "a number"
-        raise ValueError(f"the line {numbered[0][0]!a} begins with {fault}, and others do not")
+        fault = (
+            "more numbers than an id"
+            if len(numbered) == len(kept)
+            else "a number, and others do not"
+        )
+        raise ValueError(f"the line {numbered[0][0]!a} begins with {fault}")
     entries = [_entry(line) for line in kept]
-    ends = [re.fullmatch(r"(.*)\s\d+", entry.name) for entry in entries]
+    _check_ends(entries, kept)
+    return entries, False
+
+
+def _check_ends(entries: Sequence[_Entry], lines: Sequence[str]) -> None:
+    ends = [_END_NUMBER.fullmatch(entry.name) for entry in entries]
     # "class 1" and "class 2" are names; "sky 1" and "road 2" are names with their ids.
     if len(ends) > 1 and all(ends) and len({m[1] for m in ends if m}) == len(ends):
-        raise ValueError(f"the line {kept[0]!a} holds a number that is neither name nor colour")
-    return entries, False
+        raise ValueError(f"the line {lines[0]!a} holds a number that is neither name nor colour")
 
 
 def _entry(line: str) -> _Entry:
@@ -187,7 +221,7 @@ def _entry(line: str) -> _Entry:
         entry = _Entry(match[1].strip(), _color(match.groups()[1:]))
     else:
         entry = _Entry(line)
-    if _OTHER.fullmatch(entry.name):
+    if _OTHER.fullmatch(entry.name) or _BEHIND.fullmatch(entry.name):
         raise ValueError(f"the line {line!a} is no name with or without a colour")
     return entry
 
@@ -240,18 +274,27 @@ def _from_csv(
         if len(row) <= max(columns.values()):
             raise ValueError(f"the line {line!a} has fewer columns than the header")
         cells = {meaning: row[column].strip() for meaning, column in columns.items()}
-        color: _Color | None = None
-        if {"red", "green", "blue"} <= cells.keys():
-            color = _color([cells[c] for c in ("red", "green", "blue")])
-        elif cells.get("color"):
-            color = _entry(f"x {cells['color'].strip('[]() ')}").color
-            if color is None:
-                raise ValueError(f"the line {line!a} holds no colour such as 128 64 128 or #804080")
-        entry = _Entry(cells["name"], color)
+        try:
+            entry = _Entry(cells["name"], _cell_color(cells))
+            _check_name(entry.name)
+            number = _whole(cells["id"]) if "id" in cells else None
+        except ValueError as error:
+            raise ValueError(f"the line {line!a}: {error}") from error
         entries.append(entry)
-        if "id" in cells:
-            numbered.append((_whole(cells["id"]), entry))
+        if number is not None:
+            numbered.append((number, entry))
     return (_in_order(numbered, lines), True) if numbered else (entries, False)
+
+
+def _cell_color(cells: Mapping[str, str]) -> _Color | None:
+    if {"red", "green", "blue"} <= cells.keys():
+        return _color([cells[c] for c in ("red", "green", "blue")])
+    if not cells.get("color"):
+        return None
+    color = _entry(f"x {cells['color'].strip('[]() ')}").color
+    if color is None:
+        raise ValueError("it holds no colour such as 128 64 128 or #804080")
+    return color
 
 
 def _whole(text: object) -> int:
