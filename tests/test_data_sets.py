@@ -363,6 +363,7 @@ def test_a_class_list_may_lie_elsewhere_and_fewer_classes_prepare_anew(tmp_path)
         ("classes.txt", "\n".join(map(str, range(255))), r"holds 255 classes"),
         ("classes.txt", "a\nb 1 2 300", r"cannot be read \(\(1, 2, 300\) is no colour"),
         ("classes.txt", b"\xff\xfe\xff", r"classes\.txt cannot be read"),
+        ("classes.txt", "a\n" + "1 " * 100_000 + "b", r"… has 200001 characters"),
         ("classes.json", "[1, 2]", r"classes\.json cannot be read"),
         ("classes.json", '{"a": 1}', r"holds a dict, not a list"),
         ("classes.json", '["a", {"color": [1, 2, 3]}]', r"classes\.json cannot be read \('name'"),

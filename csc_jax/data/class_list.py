@@ -30,6 +30,7 @@ _WAY_OUT = (
 )
 
 _LONGEST = 200  # characters of a line that an error shows
+_LONGEST_LINE = 2000  # characters; on much longer ones the patterns below take minutes
 
 _Color = tuple[int, int, int]
 
@@ -144,7 +145,7 @@ _CVAT = re.compile(r"([^#][^:]*):(?:(\d+),(\d+),(\d+))?:[^:]*:[^:]*")
 _OTHER = re.compile(r"[\[\]{}<>\"'%@*=|&!?`(),;:-].*|.*[\[\]{}<>\"'=|`,;:]|.*[:=,;]\s*\d+")
 # What stands behind a name and is no colour that is read: more or other numbers than three of 0 to
 # 255 (0.5 0.5 0.5, -1 0 0, rgb(1,2,3), 1|2|3), other forms of hexadecimal, a comment.
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"
 _BEHIND = re.compile(
     rf".*[\s,;:|(]{_NUMBER}(?:[\s,;:|]+{_NUMBER}){{2,}}\W*"
     r"|.*[\s,;:|](?:#|0x)(?:[0-9a-f]{3,4}|[0-9a-f]{6}|[0-9a-f]{8})|//.*|.*\s(?:#|//)\s.*",
@@ -180,6 +181,9 @@ def _from_lines(text: str) -> tuple[list[_Entry], bool]:
     kept = [line for line in lines if line and not line.startswith("#")]
     if not kept:
         return [], False
+    long = [line for line in kept if len(line) > _LONGEST_LINE]
+    if long:
+        raise ValueError(f"the line {long[0][:_LONGEST]!a}… has {len(long[0])} characters")
     cvat = [_CVAT.fullmatch(line) for line in kept]
     if all(cvat):
         return [_Entry(m[1].strip(), _color(m.groups()[1:])) for m in cvat if m], False
