@@ -437,6 +437,59 @@ def test_names_and_colours_of_classes(tmp_path):
     assert (names, palette[1].tolist()) == (("a", "b"), [9, 9, 9])
 
 
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("trainset", "valset"),
+        ("train_set", "Val_Set"),
+        ("01_training", "02_validation"),
+        ("Train data", "test data"),
+        ("train1", "val1"),
+        ("trainA", "testA"),
+        ("train_images", "dev-images"),
+    ],
+)
+def test_folders_that_look_like_splits_are_never_pooled(tmp_path, train, val):
+    root = tmp_path / "root"
+    trees.folder_tree(root)
+    for kind in ("images", "labels"):
+        (root / kind / "train").rename(root / kind / train)
+        (root / kind / "val").rename(root / kind / val)
+    with pytest.raises(UserError, match=rf"Call images/{train} images/train and images/{val} "):
+        data.load(data_config(tmp_path, name="folder").data)
+
+
+@pytest.mark.parametrize("names", [("training camp", "site 2"), ("validity", "contest"), "ab"])
+def test_folders_that_are_no_splits_are_one_data_set(tmp_path, names):
+    root = tmp_path / "root"
+    trees.folder_tree(root)
+    for kind in ("images", "labels"):
+        for old, new in zip(("train", "val"), names, strict=True):
+            (root / kind / old).rename(root / kind / new)
+    assert data.load(data_config(tmp_path, name="folder").data).sources.keys() == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("moved", "message"),
+    [
+        ({"images": "data/images", "labels": "data/labels"}, r"or name .*/root/data as data\.root"),
+        (
+            {"images": "train/images", "labels": "train/labels"},
+            r"move train/images to images/train",
+        ),
+    ],
+)
+def test_a_folder_too_deep_is_told_with_the_way_out(tmp_path, moved, message):
+    root = tmp_path / "root"
+    trees.folder_tree(root)
+    (root / "classes.txt").unlink()
+    for old, new in moved.items():
+        (root / new).parent.mkdir(exist_ok=True)
+        (root / old).rename(root / new)
+    with pytest.raises(UserError, match=f"has no folder images; .*{message}"):
+        data.load(data_config(tmp_path, name="folder").data)
+
+
 def remove(*paths):
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -460,6 +513,12 @@ def remove(*paths):
             r"there is .*extra/a\.png",
         ),
         (lambda root: write_png(root / "images/a.png", picture(0)), r"must be in one of"),
+        (
+            lambda root: write_png(
+                root / "labels/train/site 1/ä01.png", np.full((24, 32), 7, np.uint8)
+            ),
+            r"the label id 7 \(768 px\), outside .*; data\.folder\.label_values maps other",
+        ),
         (
             lambda root: write_png(root / "images/train/site 1/ä01.png", picture(0)),
             r"ä01\.jpg and .*ä01\.png share one label",
@@ -551,7 +610,7 @@ def test_labels_of_all_kinds_come_as_class_ids(tmp_path):
         ("camvid", "empty", r"data\.root .*empty has no images for train, val"),
         ("cityscapes", "empty", r"no images for train, val; expected leftImg8bit"),
         ("pascal_voc", "empty", r"lacks ImageSets/Segmentation/train\.txt"),
-        ("folder", "empty", r"no class list"),
+        ("folder", "empty", r"no folder images. Images belong in images/"),
         ("camvit", "empty", r"data\.name is 'camvit'.* did you mean camvid\?"),
     ],
 )

@@ -212,6 +212,7 @@ class Pair:
                     "which data.folder.label_values does not map"
                     if ids.mapped
                     else f"outside the classes 0..{last}"
+                    + "; data.folder.label_values maps other values" * bool(ids.source)
                 )
             )
         if stored.palette is not None and ids.palette:

@@ -32,6 +32,10 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
+# Folders that may be one: train_set, valimages, 01_test, "Train data".
+_LIKE_SPLIT = re.compile(
+    rf"(?:^|[^a-z])({'|'.join(_SPLIT_NAMES)})(?:set|data|images?|imgs?|split|[ab])?(?:[^a-z]|$)"
+)
 _SPLIT_YEAR = re.compile(r"[-_]?(?:19|20)\d\d")
 _LISTS = ("classes.txt", "classes.json", "labelmap.txt", "labels.txt", "classes.csv")
 _VAL_EVERY = 5
@@ -52,10 +56,11 @@ def find(config: ConfigDict) -> Listing:
         images or labels, a label without image, or images that share a label.
     """
     root = files.existing_root(config.root, "images/, labels/ and classes.txt or classes.json")
+    folders = _part(root, "images"), _part(root, "labels")  # the first sign of a wrong root
     path = _class_list(root, config.folder.classes)
     classes = read_classes(path)
-    images = files.walk(_part(root, "images"), files.IMAGE_SUFFIXES)
-    labels = files.walk(_part(root, "labels"), files.LABEL_SUFFIXES)
+    images = files.walk(folders[0], files.IMAGE_SUFFIXES)
+    labels = files.walk(folders[1], files.LABEL_SUFFIXES)
     log_passed_over(root / "images", images)
     by_folder = _splits_of_folders(images.found, root)
     of_image = {_key(name, by_folder): name for name in _by_stem(images.found)}
@@ -100,8 +105,22 @@ def _part(root: Path, name: str) -> Path:
         folders = [path.name for path in there if path.is_dir()][:5]
     except OSError as error:
         raise files.unreadable(error, "data.root", root) from error
-    has = f"; it has {', '.join(folders)}. Images belong in images/, labels in labels/"
-    raise UserError(f"data.root {root} has no folder {name}{has if folders else ''}.")
+    has = f"; it has {', '.join(folders)}" if folders else ""
+    raise UserError(
+        f"data.root {root} has no folder {name}{has}. Images belong in images/, labels in labels/"
+        f"{_deeper(root, folders)}."
+    )
+
+
+def _deeper(root: Path, folders: Sequence[str]) -> str:
+    """Returns what to do about folders of images that lie one folder too deep."""
+    try:
+        around = [folder for folder in folders if (root / folder / "images").is_dir()]
+    except OSError:
+        return ""
+    if any(_split_of(folder) for folder in around):
+        return f"; move {around[0]}/images to images/{around[0]}, and so with labels and each split"
+    return f"; or name {root / around[0]} as data.root" if around else ""
 
 
 def _class_list(root: Path, given: str) -> Path:
@@ -237,8 +256,16 @@ def _splits_of_folders(images: Mapping[str, Path], root: Path) -> dict[str, str]
     Raises:
       UserError: images outside the splits, two folders for one split, or splits further down.
     """
-    folders = {name.partition("/")[0] for name in images if "/" in name}
-    by_folder = {name: split for name in sorted(folders) if (split := _split_of(name))}
+    folders = sorted({name.partition("/")[0] for name in images if "/" in name})
+    by_folder = {name: split for name in folders if (split := _split_of(name))}
+    like = {_SPLIT_NAMES[m[1]]: f for f in folders if (m := _LIKE_SPLIT.search(f.casefold()))}
+    if not by_folder and len(like) > 1:
+        parts = [f"images/{like[split]} images/{split}" for split in _SPLITS if split in like]
+        raise UserError(
+            f"data.root {root} has folders that look like splits and are not called so. Call "
+            f"{' and '.join(parts)}, or, if they are no splits, by other names; the same in "
+            "labels/."
+        )
     for name, path in images.items():
         first, *deeper = PurePosixPath(name).parts[:-1] or ("",)
         if by_folder and first not in by_folder:
