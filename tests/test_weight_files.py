@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -88,7 +89,6 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_refused(tmp_path, write):
     [
         ("a.safetensors", b"no weights"),
         ("a.pth", b"no weights"),
-        ("a.pth", b""),
         ("a.pth", (FILES / "zip.pth").read_bytes()[:1000]),
         ("a.pth", (FILES / "legacy.pth").read_bytes()[:-9]),
         ("a.pth", (FILES / "legacy.pth").read_bytes()[:300]),
@@ -98,6 +98,32 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} (is damaged|cannot be read)"):
         read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", "is a compressed archive; unpack it"),
+        (b"import torch\n", "damaged|It takes safetensors, or what torch.save wrote"),
+    ],
+)
+def test_what_is_often_in_the_place_of_weights_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} .*{message}"):
+        read_weights(tmp_path / name)
+
+
+def test_the_content_decides_the_format_not_the_suffix(tmp_path):
+    save_file({"a": np.arange(3.0)}, tmp_path / "a.safetensors")
+    for name in ("A.SAFETENSORS", "a.pth", "weights"):
+        shutil.copy(tmp_path / "a.safetensors", tmp_path / name)
+        assert read_weights(tmp_path / name)["a"].tolist() == [0, 1, 2]
+    shutil.copy(FILES / "zip.pth", tmp_path / "b.safetensors")
+    assert read_weights(tmp_path / "b.safetensors").keys() == read_weights(FILES / "zip.pth").keys()
 
 
 def test_a_file_without_state_dict_says_what_it_holds(tmp_path):

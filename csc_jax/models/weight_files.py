@@ -106,7 +106,7 @@ def read_weights(path: Path, keys: Sequence[str] = TEACHER) -> StateDict:
     """Returns the state dict that a file holds, in the dtypes that are stored.
 
     Args:
-      path: a .safetensors, or anything that `torch.save` wrote (.pth, .pt, .tar).
+      path: safetensors, or anything that `torch.save` wrote; the content says which.
       keys: where the file holds several, the first of these that it has.
 
     Raises:
@@ -114,7 +114,7 @@ def read_weights(path: Path, keys: Sequence[str] = TEACHER) -> StateDict:
         holds no state dict.
     """
     try:
-        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, keys)
+        return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path, keys)
     except _NoStateDict as error:
         raise UserError(f"{path} {error}") from None
     except Hostile as error:
@@ -124,13 +124,36 @@ def read_weights(path: Path, keys: Sequence[str] = TEACHER) -> StateDict:
     # Of a file that is damaged, or made to do harm, readers raise nearly anything.
     except Exception as error:
         reason = printable_name(f"{type(error).__name__}: {error}")[:_SHOWN]
-        raise UserError(f"{path} cannot be read as a file of weights ({reason}).") from error
+        raise UserError(
+            f"{path} cannot be read as a file of weights ({reason}). It takes safetensors, or what "
+            "torch.save wrote."
+        ) from error
 
 
 def unwrap(content: Mapping[str, Any], keys: Sequence[str] = TEACHER) -> Mapping[str, Any]:
     """Returns the first of `keys` that holds a state dict, or `content`, which is one itself."""
     inside = (content[key] for key in keys if isinstance(content.get(key), Mapping))
     return next(inside, content)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Looks at the beginning; _NoStateDict for what is often in the place of weights."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise _NoStateDict("is empty; download it again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise _NoStateDict("is a pointer of Git LFS, not the file itself; run git lfs pull.")
+    if start.lstrip().startswith((b"<!", b"<html", b"<HTML", b"<?xml")):
+        raise _NoStateDict(
+            "is a web page, such as one that asks to log in or to confirm; download the file "
+            "itself."
+        )
+    if start.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ")):
+        raise _NoStateDict("is a compressed archive; unpack it and give a file of it.")
+    # A pickle begins with byte 128, a zip archive with PK; the first 8 bytes here are a length.
+    zipped = start.startswith(b"PK\3\4")
+    return start[8:9] == b"{" or (path.suffix.lower() == ".safetensors" and not zipped)
 
 
 class _NoStateDict(Exception):

@@ -220,16 +220,24 @@ def load_pretrained(source: str, variables: Mapping[str, Any]) -> dict[str, Any]
       variables: {"params", "batch_stats"} of the network that is to start from them; shapes do.
 
     Raises:
-      UserError: no such file, or weights that do not fit the network.
+      UserError: no such file, or weights that do not fit the network or are not finite.
     """
     path = locate(source)
     state = drop_absent_heads(read_weights(path, TEACHER), variables)
     try:
-        converted = convert_torch_state_dict(state, variables)
+        with np.errstate(over="ignore"):  # what overflows is infinite, and named below
+            converted = convert_torch_state_dict(state, variables)
     except UserError as error:
         raise UserError(f"model.pretrained is {source!r}. {error}") from error
     leaves = flatten_dict(converted)
     taken = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
+    broken = sorted("/".join(at) for at, leaf in taken.items() if not np.isfinite(leaf).all())
+    if broken:
+        raise UserError(
+            f"model.pretrained is {source!r}, and {len(broken)} of its {len(taken)} arrays hold "
+            f"NaN or infinity in float32, the first of them {broken[0]}. The training that wrote "
+            "it had diverged, or the file is damaged; take an earlier one or download it again."
+        )
     log.info("%d of %d arrays of the network come from %s", len(taken), len(leaves), path.name)
     return unflatten_dict(taken)
 
