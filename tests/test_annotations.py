@@ -204,6 +204,24 @@ def test_images_without_a_shape_are_unlabelled_unless_said_otherwise(tmp_path):
         assert set(np.unique(np.asarray(image))) == {0, 255}
 
 
+def test_names_in_either_form_of_unicode_are_one_class(tmp_path):
+    """macOS and some tools write é as two characters."""
+    shapes = [
+        {"label": name, "points": [[0, y], [100, y + 9]], "shape_type": "rectangle"}
+        for name, y in (("caf\u00e9", 0), ("cafe\u0301", 20))
+    ]
+    source = write(tmp_path / "a.json", labelme(shapes=shapes))
+    (path,) = import_annotations(source, tmp_path / "out")
+    assert (tmp_path / "out/classes.txt").read_text(encoding="utf-8") == (
+        "background 0 0 0\ncaf\u00e9 128 0 0\n"
+    )
+    label = np.asarray(Image.open(path))
+    assert (label[:9] == 1).all()
+    assert (label[20:29] == 1).all()
+    write(tmp_path / "classes.txt", "background\ncafe\u0301\n")
+    import_annotations(source, tmp_path / "two", classes=tmp_path / "classes.txt")
+
+
 def test_what_is_there_is_not_overwritten(tmp_path):
     source = write(tmp_path / "a.json", coco([[1, 1, 9, 1, 9, 9]]))
     out = tmp_path / "out"

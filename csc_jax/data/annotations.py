@@ -9,6 +9,7 @@ import base64
 import binascii
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -177,7 +178,7 @@ def _text(value: object, what: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{str(value)[:50]!a} is no {what.removeprefix('a ')}")
     value.encode()  # JSON can hold halves of characters
-    return value
+    return unicodedata.normalize("NFC", value)  # the form of class lists and of the walk
 
 
 def _size(height: object, width: object) -> tuple[int, int]:

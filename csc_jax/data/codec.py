@@ -23,6 +23,8 @@ cv2.setNumThreads(0)
 
 # Pillow warns of images of half the size that it, and `MAX_PIXELS`, ends at.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# It also warns of damaged files, beside the error that names the file.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 MAX_PIXELS = 178_956_970  # of one image or label: what Pillow takes; OpenCV takes 2^30
 
