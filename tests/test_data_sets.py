@@ -281,6 +281,16 @@ def test_pascal_voc_lists_hold_names(tmp_path, entry):
         data.load(data_config(tmp_path, name="pascal_voc").data)
 
 
+def test_colours_in_a_data_set_without_class_list_name_no_such_list(tmp_path):
+    """As some mirrors convert the palettes of Pascal VOC."""
+    root = trees.camvid_tree(tmp_path / "root")
+    label = min((root / "labels/train").iterdir())
+    write_png(label, np.full((24, 32, 3), (128, 0, 64), np.uint8))
+    with pytest.raises(UserError, match=r"is a colour image; .* as its authors") as told:
+        data.load(data_config(tmp_path).data)
+    assert "classes.txt" not in str(told.value)
+
+
 def test_pascal_voc_palette_is_the_official_one():
     assert pascal_voc.PALETTE[[0, 1, 15, 20]].tolist() == [
         [0, 0, 0],

@@ -221,10 +221,16 @@ class Pair:
 
     def _ids_of_colors(self, values: np.ndarray) -> np.ndarray:
         if not self.label_ids.colors:
+            # Only data sets with a class list have colours.
+            way_out = (
+                "Colours are read where classes.txt gives every class its own, as in road 128 64 "
+                "128"
+                if self.label_ids.source
+                else "Take the file as its authors publish it, or turn its colours into ids"
+            )
             raise BadExample(
                 f"{self.label} is a colour image; expected one channel, or a palette, of label "
-                "ids. Colours are read where classes.txt gives every class its own, as in road "
-                "128 64 128"
+                f"ids. {way_out}"
             )
         red, green, blue = np.moveaxis(values.astype(np.uint32), -1, 0)
         packed = red << 16 | green << 8 | blue
