@@ -129,13 +129,7 @@ def predict_folder(
             for kind, output in outputs.items():
                 _write(output, _ENCODERS[kind](result))
             if extras.polygons:
-                size = result.classes.shape
-                regions = polygons.regions(result.classes, len(class_names))
-                if coco is not None:
-                    _guarded(out / COCO_NAME, lambda: coco.add(name, size, regions))  # noqa: B023
-                else:
-                    target = (out / name).with_suffix(".json")
-                    _write(target, polygons.labelme(regions, class_names, path, target, size))
+                _write_polygons(result.classes, name, path, out, class_names, coco)
             written.append(outputs["index"])
     log.info("%d of %d images written to %s", len(written), len(found), out)
     if turned:
@@ -150,6 +144,33 @@ def predict_folder(
             f"{'; '.join(unreadable[:5])}. Replace or remove them; the others are done."
         )
     return written
+
+
+def _write_polygons(
+    classes: np.ndarray,
+    name: str,
+    image: Path,
+    out: Path,
+    class_names: tuple[str, ...],
+    coco: polygons.CocoFile | None,
+) -> None:
+    """Adds an image's polygons to the COCO file of all images, or writes a LabelMe file of its own.
+
+    Args:
+      classes: (H, W) uint8 class ids.
+      name: of the image, relative to the folder of images.
+      image: its file, which a LabelMe file names.
+      out: folder to write to.
+      class_names: C names.
+      coco: the file of all images; None = LabelMe's format.
+    """
+    size = classes.shape
+    regions = polygons.regions(classes, len(class_names))
+    if coco is not None:
+        _guarded(out / COCO_NAME, lambda: coco.add(name, size, regions))
+    else:
+        target = (out / name).with_suffix(".json")
+        _write(target, polygons.labelme(regions, class_names, image, target, size))
 
 
 def _find(images: Path, out: Path, extras: Extras, *, tiled: bool) -> dict[str, Path]:
