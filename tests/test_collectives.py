@@ -66,7 +66,7 @@ IMAGES, SIDE, DIM = 16, 128, 8  # of each half, two a device; px; channels of al
 SMALL = 4096
 
 
-def step_program(method, fsdp, monkeypatch):
+def step_program(method, fsdp, monkeypatch, **more):
     """Returns the train step of a method and the bytes of what it trains."""
     monkeypatch.setattr(sharding, "_SMALLEST", 1)  # fsdp splits the toy network as it would others
     fields = {f"cct__{name}": 1 for name in ("con_msk", "dropout", "f_drop", "f_noise")}
@@ -83,6 +83,7 @@ def step_program(method, fsdp, monkeypatch):
         batch__unlabeled=IMAGES,
         loss__name="ohem",
         loss__ohem_min_kept=1000,
+        **more,
     )
     harness = toy_harness(config, devices=8, fsdp=fsdp)
     state = abstract_state(harness.method, harness.tx, harness.mesh)
@@ -121,3 +122,16 @@ def test_a_step_sends_gradients_once_and_no_maps(method, fsdp, monkeypatch):
     # … and each kernel is gathered for each pass, forward and backward, of each network.
     kernels = 8 * trained if fsdp > 1 else 0
     assert sum(sent.values()) <= samples(method, tiny_config()) + kernels + SMALL, sent
+
+
+def test_accumulation_sends_gradients_once_a_part_and_no_maps(monkeypatch):
+    parts = 2
+    program, trained = step_program("csc", 1, monkeypatch, train__accumulate=parts)
+    sent = {"all-reduce": 0}
+    for each in program.collectives():
+        # Of a part: its gradients, and the keys of both halves. No image changes its device.
+        if "_roll_static" not in each.source:
+            sent[each.kind] = sent.get(each.kind, 0) + each.bytes * each.times
+    summed = sent.pop("all-reduce")
+    assert trained <= summed <= parts * (trained + SMALL), (summed, trained)
+    assert sum(sent.values()) <= samples("csc", tiny_config()) + SMALL, sent

@@ -64,6 +64,9 @@ def accumulated(
         batch_stats=total["batch_stats"],
         # Some are NaN where a part has nothing to measure.
         metrics=jax.tree.map(lambda x: jnp.nanmean(x, axis=0), outputs.metrics),
-        carry=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs.carry),
+        # In the order of the batch again, which leaves each image on its device.
+        carry=jax.tree.map(
+            lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), outputs.carry
+        ),
     )
     return (jnp.mean(loss), whole), gradients
