@@ -4,23 +4,33 @@ import inspect
 import platform
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 import csc_jax
+from csc_jax import commands
 from csc_jax import config as config_lib
 from csc_jax.config import files as config_files
 
-EXAMPLES = {  # of each --mode
+EXAMPLES = {  # of each mode
     "train": "--config=synthetic --workdir=W",
-    "evaluate": "--mode=evaluate --workdir=W --checkpoint=best",
-    "report": "--mode=report --workdir=W --compare=W2,W3",
-    "predict": "--mode=predict --workdir=W --images=DIR --out=DIR",
-    "export": "--mode=export --workdir=W --format=bundle --out=DIR",
-    "plan": "--mode=plan --config=cityscapes --topology=v5e:4x4",
+    "evaluate": "--workdir=W --checkpoint=best",
+    "report": "--workdir=W --compare=W2,W3",
+    "predict": "--workdir=W --images=DIR --out=DIR",
+    "export": "--workdir=W --format=bundle --out=DIR",
+    "plan": "--config=cityscapes --topology=v5e:4x4",
+}
+_ABOUT = {
+    "train": "Trains a network, or continues a training that was stopped.",
+    "evaluate": "Scores a checkpoint, and draws the worst and the best images.",
+    "report": "Writes report.html: the whole run on one page, beside other runs.",
+    "predict": "Segments images, TIFFs larger than memory, or a video.",
+    "export": "Writes the network to a file or folder, and compares it with the run.",
+    "plan": "Compiles a training step for hardware that is not there.",
 }
 
 # A field of `default_config` with its value, over several lines where that is long.
@@ -30,32 +40,79 @@ _FIELD = re.compile(
 
 
 def asked(argv: Sequence[str]) -> str:
-    """Returns which of `help`, `helpfull` and `version` a command line asks for; "" if none."""
-    questions = {"h": "help", "help": "help", "helpfull": "helpfull", "version": "version"}
+    """Returns what a command line asks for: help, helpfull, version, completion; "" if nothing."""
+    questions = {"h": "help"} | {q: q for q in ("help", "helpfull", "version", "completion")}
     words = (argument.lstrip("-") for argument in argv[1:] if argument.startswith("-"))
     return next((questions[word] for word in words if word in questions), "")
 
 
 def screen() -> str:
     """Returns the help that fits a terminal of 80 columns and 24 lines."""
-    examples = "\n".join(f"  {mode:<10}csc-jax {flags}" for mode, flags in EXAMPLES.items())
-    configs = ", ".join(config_files.names())
+    examples = "\n".join(f"  csc-jax {mode} {flags}" for mode, flags in EXAMPLES.items())
+    more = _filled("More: " + ", ".join(commands.NAMES), indent="  ")
+    configs = _filled("  " + ", ".join(config_files.names()), indent="  ")
     return f"""\
 csc-jax trains, evaluates and runs segmentation networks that learn from few
-labelled and many unlabelled images. `python -m csc_jax.main` is the same.
+labelled and many unlabelled images. `csc-jax demo` shows it in five minutes.
 
 {examples}
-To continue a training that was stopped, give its command again.
+{more}
+`csc-jax COMMAND --help` describes one. A train that was stopped continues.
 
---config takes a file, or one of these names:
-{textwrap.fill(configs, 78, initial_indent="  ", subsequent_indent="  ")}
-  (files in {config_files.folder()})
+--config takes a file, or a name (files in {config_files.folder()}):
+{configs}
 --config.SECTION.FIELD=VALUE overrides a field, for example
   --config.data.root=DIR --config.method.name=unimatch --config.train.steps=500
-  -h, --help    this screen
-  --helpfull    every flag, and every field with its value, meaning and source
-  --version     versions of csc_jax, jax and Python
-Documentation: README.md and docs/ of the repository"""
+--helpfull lists every flag, and every field with its value, meaning and source.
+--version prints versions, --completion what completes these words in bash."""
+
+
+def of_mode(mode: str, flags: Iterable[absl_flags.Flag], required: Mapping[str, str]) -> str:
+    """Returns the help of one mode.
+
+    Args:
+      mode: of EXAMPLES.
+      flags: of the command; the help of one says first which modes it is for, `predict, export: …`.
+      required: flag -> what to give, of those that the mode cannot do without.
+    """
+    lines = [_ABOUT[mode], "", f"  csc-jax {mode} {EXAMPLES[mode]}", ""]
+    needs_config = mode == "train"
+    config = "a file, or a name of those that `csc-jax --help` lists"
+    lines += _row("--config=", config if needs_config else f"{config}; by default the run's own")
+    for flag in flags:
+        meaning = required.get(flag.name) or _about_mode(flag, mode)
+        if meaning:
+            lines += _row(f"--{flag.name}{'' if flag.boolean else '='}", meaning)
+    must = ", ".join(f"--{name}" for name in (*(("config",) if needs_config else ()), *required))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Required: {must}.",
+            "--config.SECTION.FIELD=VALUE overrides a field. `csc-jax --helpfull` lists all",
+            "fields, and the flags for several processes.",
+        ]
+    )
+
+
+def _row(flag: str, meaning: str) -> list[str]:
+    return textwrap.wrap(meaning, 79, initial_indent=f"  {flag:<20}", subsequent_indent=" " * 22)
+
+
+def _filled(text: str, indent: str) -> str:
+    return textwrap.fill(text, 79, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _about_mode(flag: absl_flags.Flag, mode: str) -> str:
+    """Returns the part of a flag's help that is about a mode; "" if there is none."""
+    for part in re.sub(r"^<.*?>: ", "", str(flag.help)).split("; "):  # absl puts choices there
+        modes, _, meaning = part.partition(": ")
+        if mode in modes.split(", "):
+            values = getattr(flag.parser, "enum_values", None)
+            which = f" ({' or '.join(values)})" if values else ""
+            default = f" (default: {flag.default})" if flag.default else ""
+            return f"{meaning.rstrip('.')}{which}{default}"
+    return ""
 
 
 def everything(flags: str, config: ConfigDict) -> str:

@@ -1,14 +1,15 @@
-"""Command line: train, evaluate, report, predict, export or plan.
+"""Command line: a mode, such as train or evaluate, or one of `commands`.
 
-csc-jax --config=synthetic --workdir=runs/synthetic
-python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --checkpoint=best
-python -m csc_jax.main --mode=evaluate --workdir=runs/synthetic --save_predictions=DIR
-python -m csc_jax.main --mode=report --workdir=runs/synthetic --compare=runs/other
-python -m csc_jax.main --mode=predict --workdir=runs/synthetic --images=DIR --out=DIR
-python -m csc_jax.main --mode=export --workdir=runs/synthetic --format=bundle --out=DIR
-python -m csc_jax.main --mode=plan --topology=v5e:4x4 --config=configs/cityscapes.py
+csc-jax train --config=synthetic --workdir=runs/synthetic
+csc-jax evaluate --workdir=runs/synthetic --checkpoint=best
+csc-jax evaluate --workdir=runs/synthetic --save_predictions=DIR
+csc-jax report --workdir=runs/synthetic --compare=runs/other
+csc-jax predict --workdir=runs/synthetic --images=DIR --out=DIR
+csc-jax export --workdir=runs/synthetic --format=bundle --out=DIR
+csc-jax plan --topology=v5e:4x4 --config=cityscapes
     --config.batch.labeled=32 --config.batch.unlabeled=32
 
+`csc-jax` is `python -m csc_jax.main`. --mode=NAME is the same as NAME; without, the mode is train.
 docs/scaling.md has the commands for several devices, hosts and processes.
 """
 
@@ -24,7 +25,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from csc_jax import command_help, output, paths, stored_config
+from csc_jax import command_help, commands, completion, output, paths, stored_config
 from csc_jax import config as config_lib
 from csc_jax.config import checks as config_checks
 from csc_jax.config import files as config_files
@@ -86,7 +87,7 @@ _FORMAT = flags.DEFINE_enum(
 _SIZE = flags.DEFINE_string(
     "size",
     None,
-    "export: H,W px of all images, for onnx and stablehlo; none = any, where possible.",
+    "export: H,W px of all images, for onnx and stablehlo (none = any, where possible).",
 )
 _PUSH = flags.DEFINE_string("push", None, "export: publish the bundle as hf:OWNER/REPO.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -142,6 +143,9 @@ def main(argv: Sequence[str]) -> int:
         if len(argv) < 2:
             print(command_help.screen(), file=sys.stderr)
             return UserError.exit_status
+        if argv[1] in commands.NAMES:
+            return commands.run(argv[1], argv[2:])
+        argv = _with_mode(argv)
         if question := command_help.asked(argv):
             print(_answer(question, argv))
             return 0
@@ -352,6 +356,8 @@ def parse(argv: Sequence[str]) -> ConfigDict:
     try:
         rest = flags.FLAGS(arguments)
         if len(rest) > 1:
+            if rest[1] in _commands():
+                raise UserError(f"The command comes first: csc-jax {rest[1]} --config=…")
             raise UserError(
                 f"{rest[1]!r} is no flag; fields are set as --config.section.field=value."
             )
@@ -369,15 +375,43 @@ def parse(argv: Sequence[str]) -> ConfigDict:
 
 
 def _answer(question: str, argv: Sequence[str]) -> str:
-    """Returns what help, helpfull or version prints."""
+    """Returns what help, helpfull, version or completion prints."""
+    mine = flags.FLAGS.get_flags_for_module(__name__)
+    mode = _given(argv).get("mode")
+    if question == "help" and mode in _REQUIRED:
+        return command_help.of_mode(mode, mine, _REQUIRED[mode])
     if question == "help":
         return command_help.screen()
     if question == "version":
         return command_help.versions()
+    if question == "completion":
+        names = [f"--{flag.name}{'' if flag.boolean else '='}" for flag in mine]
+        fields = config_lib.flatten(config_lib.default_config())
+        return completion.script(_commands(), names, fields, config_files.names())
     rest = [argument for argument in argv if argument.lstrip("-") != question]
     config = parse(rest) if _gives(rest, "config") else config_lib.default_config()
     described = flags.FLAGS.module_help(sys.modules[__name__]).partition(":\n")[2]
     return command_help.everything(described, config)
+
+
+def _with_mode(argv: Sequence[str]) -> Sequence[str]:
+    """Returns the arguments with --mode=NAME for a mode that stands first by its name."""
+    name = argv[1]
+    if name.startswith("-"):
+        return argv
+    if name not in _REQUIRED:
+        near = difflib.get_close_matches(name, _commands(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"{name!r} is no command of csc-jax.{hint} There are {', '.join(_commands())}."
+        )
+    if _gives(argv, "mode"):
+        raise UserError(f"{name} and --mode both say what to do. Leave one of them out.")
+    return [argv[0], f"--mode={name}", *argv[2:]]
+
+
+def _commands() -> list[str]:
+    return [*_REQUIRED, *commands.NAMES]
 
 
 def _gives(argv: Sequence[str], flag: str) -> bool:
@@ -400,9 +434,14 @@ def _with_config_path(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
+def _given(argv: Sequence[str]) -> dict[str, str]:
+    """Returns flag -> value of those that are given as --flag=value."""
+    return dict(a.lstrip("-").partition("=")[::2] for a in argv[1:])
+
+
 def _stored_config(argv: Sequence[str]) -> str:
     """Returns the config file that stands in for a missing --config."""
-    given = dict(a.lstrip("-").partition("=")[::2] for a in argv[1:])
+    given = _given(argv)
     mode = given.get("mode", "train")
     if mode == "train" or (mode == "plan" and not given.get("workdir")):
         raise UserError(
@@ -428,4 +467,5 @@ def _unknown_field(field: str, known: dict[str, object]) -> str:
 
 
 if __name__ == "__main__":
+    sys.modules["csc_jax.main"] = sys.modules["__main__"]  # commands import it; flags exist once
     run()

@@ -28,11 +28,11 @@ from typing import Any
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
-from import_annotations import import_annotations
 from PIL import Image
 
 from csc_jax import config as config_lib
 from csc_jax import data
+from csc_jax.commands.import_annotations import import_annotations
 from csc_jax.data import class_list, codec, example, folder, pascal_voc
 from csc_jax.errors import UserError
 from csc_jax.models import weight_files

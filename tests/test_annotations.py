@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_cases import data_config
-from import_annotations import import_annotations
 from PIL import Image, ImageDraw
 from trees import write_png
 
 from csc_jax import data
+from csc_jax.commands.import_annotations import import_annotations
 from csc_jax.data import annotations
 from csc_jax.errors import UserError
 
@@ -146,7 +146,7 @@ def test_shapes_of_cvat(tmp_path):
     assert found[20:30].all()  # it may leave the image, as a whole shape
 
 
-# ---- The script ----------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 
 def test_a_whole_data_set_from_annotations(tmp_path):

@@ -1,7 +1,8 @@
-"""scripts/compare.py: differences between rows, seed by seed, and what may be concluded."""
+"""csc-jax compare: differences between rows, seed by seed, and what may be concluded."""
 
-import compare
 import pytest
+
+from csc_jax.commands import compare
 
 RUNS = """row,partition,seed,miou,fence
 base,1/8,0,40,10

@@ -1,4 +1,4 @@
-"""Preparing: the cache, bad files, interruptions, resuming, full disks, and the script."""
+"""Preparing: the cache, bad files, interruptions, resuming, full disks, and the command."""
 
 import os
 import pickle
@@ -403,25 +403,25 @@ def test_a_prepared_cache_is_only_read(config, tmp_path):
     assert len([tmp_path / "cache", *(tmp_path / "cache").rglob("*")]) == len(paths)
 
 
-# ---- The script ----------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 
-def call_script(*arguments):
-    command = [sys.executable, "scripts/prepare_data.py", *map(str, arguments)]
+def call_command(*arguments):
+    command = [sys.executable, "-m", "csc_jax.main", "prepare", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
-def test_the_script_prepares_and_says_what_it_found(tmp_path):
+def test_the_command_prepares_and_says_what_it_found(tmp_path):
     root = trees.folder_tree(tmp_path / "root")
     arguments = (
         "--config=configs/folder.py",
         f"--config.data.root={root}",
         f"--config.data.cache_dir={tmp_path / 'cache'}",
     )
-    done = call_script(*arguments)
+    done = call_command(*arguments)
     assert done.returncode == 0, done.stderr
     assert "Preparing folder: checking 13 images" in done.stdout
     for line in ("train    11 images, 8 with a label", "val       2 images", "3 classes: ground,"):
@@ -430,14 +430,14 @@ def test_the_script_prepares_and_says_what_it_found(tmp_path):
     assert len(prepared(tmp_path)) == 1
     for path in (root / "labels/val").glob("*"):
         write_png(path, np.full(SIZE, 9, np.uint8))
-    done = call_script(*arguments)
+    done = call_command(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: data.root holds 2 images that cannot be used")
     assert "Traceback" not in done.stderr
 
 
-def test_the_script_explains_a_missing_config():
-    done = call_script("--config=configs/nothing.py")
+def test_the_command_explains_a_missing_config():
+    done = call_command("--config=configs/nothing.py")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config=configs/nothing.py is neither a file nor")
     assert "Traceback" not in done.stderr

@@ -509,7 +509,7 @@ def _(case):
 @row(LABELS, "a file of another format")
 def _(case):
     (case.root / "labels/train/0.png").rename(case.root / "labels/train/0.json")
-    case.refused(r"0\.json is no label that is read .*import_annotations.py")
+    case.refused(r"0\.json is no label that is read .*import-annotations")
     (case.root / "labels/train/0.json").rename(case.root / "labels/train/0.jpg")
     case.refused(r"0\.jpg is no label that is read")
 

@@ -6,20 +6,23 @@ that is neither fails, as does a field that there is not.
 """
 
 import argparse
+import functools
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from absl.testing import flagsaver
 
-from csc_jax import command_help, main
+from csc_jax import command_help, commands, main
 from csc_jax import config as config_lib
+from csc_jax.commands import demo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -45,7 +48,7 @@ class Parsed(Exception):
     """A command has been understood; its work would begin now."""
 
 
-def commands(page: str) -> Iterator[str]:
+def commands_of(page: str) -> Iterator[str]:
     """Yields the lines of all blocks without language but listings of folders, then inline ones."""
     for language, block in BLOCK.findall(page):
         if language in ("", "bash", "console", "sh") and not block.startswith("DIR/"):
@@ -68,10 +71,15 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     partial = "…" in words
     words = [word for word in words if word != "…"]
     match words:
+        case ["csc-jax", name, *arguments] if name in commands.NAMES:
+            monkeypatch.setattr(sys, "argv", ["csc-jax", name, *arguments])
+            parse_command(lambda: main.main(sys.argv), monkeypatch)
         case ["python", "-m", "csc_jax.main", *arguments] | ["csc-jax", *arguments]:
             parse_main(arguments, partial, monkeypatch)
         case ["python", script, *arguments] if script.startswith("scripts/"):
-            parse_script(script, arguments, monkeypatch)
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            run = functools.partial(runpy.run_path, str(ROOT / script), run_name="__main__")
+            parse_command(run, monkeypatch)
         case ["make", *arguments]:
             # With a PYTHON it need not try the interpreters of this machine one by one.
             environment = {**os.environ, "PYTHON": sys.executable}
@@ -87,8 +95,11 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def parse_main(arguments: Sequence[str], partial: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {argument.partition("=")[0] for argument in arguments}
     argv = ["csc-jax", *arguments]
-    if "--config" not in given and (partial or "--mode" in given):
-        argv.insert(1, "--config=synthetic")  # for that of the run in W, which is not there
+    mode = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    other = "--mode" in given or mode not in ("", "train")
+    if "--config" not in given and (partial or other):
+        # For that of the run in W, which is not there.
+        argv.insert(2 if mode else 1, "--config=synthetic")
     if "--workdir" not in given and partial:
         argv.append("--workdir=W")
     monkeypatch.setattr(sys, "argv", argv)
@@ -97,7 +108,7 @@ def parse_main(arguments: Sequence[str], partial: bool, monkeypatch: pytest.Monk
         assert main.main(argv) == 0
 
 
-def parse_script(script: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def parse_command(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     def stop_after(parse):
         def parse_and_stop(*values):
             parse(*values)
@@ -107,13 +118,12 @@ def parse_script(script: str, arguments: Sequence[str], monkeypatch: pytest.Monk
 
     for owner, name in ((argparse.ArgumentParser, "parse_args"), (main, "parse")):
         monkeypatch.setattr(owner, name, stop_after(getattr(owner, name)))
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
     with flagsaver.flagsaver(), pytest.raises(Parsed):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        run()
 
 
 PRINTED = [
-    (page.name, line) for page in PAGES for line in dict.fromkeys(commands(page.read_text()))
+    (page.name, line) for page in PAGES for line in dict.fromkeys(commands_of(page.read_text()))
 ]
 
 
@@ -124,18 +134,20 @@ def test_printed_commands_work(page, command, monkeypatch):
 
 @pytest.mark.parametrize("mode", command_help.EXAMPLES)
 def test_the_examples_of_help_work(mode, monkeypatch):
-    check(f"csc-jax {command_help.EXAMPLES[mode]}", monkeypatch)
+    check(f"csc-jax {mode} {command_help.EXAMPLES[mode]}", monkeypatch)
 
 
 def test_what_the_demo_suggests_works(monkeypatch):
-    demo = runpy.run_path(str(ROOT / "scripts" / "demo.py"))
-    text = demo["_next_steps"](Path("runs/demo/csc seed 0"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    text = demo._next_steps(Path("runs/demo/csc seed 0"))
     suggested = [line for line in text.splitlines() if "csc_jax.main" in line]
     assert len(suggested) == 4
     for line in suggested:
         check(f"python {line[line.index('-m csc_jax') :]}", monkeypatch)
     monkeypatch.chdir(Path(sys.executable).parents[1])  # as in a checkout with its .venv
-    assert " bin/python" in demo["_next_steps"](Path("W"))
+    assert " bin/python" in demo._next_steps(Path("W"))
+    monkeypatch.setattr(shutil, "which", lambda name: str(Path(sys.executable).with_name(name)))
+    assert " csc-jax evaluate --workdir=W " in demo._next_steps(Path("W"))
 
 
 @pytest.mark.parametrize("reason", NOT_RUN)
@@ -149,6 +161,11 @@ def test_what_is_not_run_is_still_printed(reason):
         "csc-jax --config=camvid --workdir=W --config.train.step=3",
         "csc-jax --config=camvid --workdir=W --config.train.steps=many",
         "csc-jax --config=camvid",  # without --workdir
+        "csc-jax trian --config=camvid --workdir=W",
+        "csc-jax train --workdir=W",  # without --config
+        "csc-jax prepare",
+        "csc-jax demo --step5=3",
+        "csc-jax import-weights --config=camvid --workdir=W",  # without --weights
         "python -m csc_jax.main --config=configs/camvit.py --workdir=W",
         "--config.train.step=3",
         "python scripts/demo.py --step5=3",
@@ -160,7 +177,8 @@ def test_what_is_not_run_is_still_printed(reason):
     ],
 )
 def test_a_command_that_does_not_work_is_noticed(command, monkeypatch):
-    with pytest.raises((AssertionError, SystemExit, subprocess.CalledProcessError)):
+    failures = (AssertionError, SystemExit, subprocess.CalledProcessError, pytest.fail.Exception)
+    with pytest.raises(failures):
         check(command, monkeypatch)
 
 
@@ -183,7 +201,7 @@ DIR/  images/
 import csc_jax
 ```
 """
-    assert list(commands(page)) == [
+    assert list(commands_of(page)) == [
         "python -m csc_jax.main --workdir=W     --config=camvid   # comment",
         "other",
         "make demo",

@@ -1,9 +1,12 @@
 """What somebody types first: help, versions, configs by name."""
 
+import contextlib
 import itertools
 import os
 import re
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -14,12 +17,13 @@ from absl import flags
 from absl.testing import flagsaver
 
 import csc_jax
-from csc_jax import command_help, main
+from csc_jax import command_help, commands, main
 from csc_jax import config as config_lib
 from csc_jax.config import files as config_files
 from csc_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+MODES = flags.FLAGS["mode"].parser.enum_values
 SCRIPTS = [p for p in sorted((ROOT / "scripts").glob("*.py")) if "__main__" in p.read_text()]
 
 
@@ -36,11 +40,109 @@ def test_help_fits_a_screen_and_has_each_mode_and_config(capsys):
     lines = f"csc-jax trains{first}".splitlines()
     assert len(lines) <= 22  # of 24: the command itself and the next prompt
     assert max(len(line) for line in lines if str(ROOT) not in line) <= 80
-    for mode in flags.FLAGS["mode"].parser.enum_values:
-        assert re.search(rf"^  {mode} +csc-jax --", first, re.MULTILINE), mode
+    for mode in MODES:
+        assert re.search(rf"^  csc-jax {mode} --", first, re.MULTILINE), mode
+    for name in commands.NAMES:
+        assert re.search(rf"[ ,]{name}[,\n]", first), name
     for path in (ROOT / "configs").glob("*.py"):
         assert re.search(rf"\b{path.stem}\b", first)
     assert str(ROOT / "configs") in first
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_says_what_it_takes(mode, capsys):
+    assert run(mode, "--help") == 0
+    printed = capsys.readouterr().out
+    assert run("-h", f"--mode={mode}") == 0
+    assert capsys.readouterr().out == printed
+    lines = printed.splitlines()
+    assert len(lines) <= 22
+    assert max(map(len, lines)) <= 80
+    assert f"  csc-jax {mode} {command_help.EXAMPLES[mode]}" in lines
+    listed = re.findall(r"^  --(\w+)(=?) +\w", printed, re.MULTILINE)
+    assert ("config", "=") in listed
+    for flag in flags.FLAGS.get_flags_for_module(main.__name__):
+        said = re.search(rf"\b{mode}\b[\w, ]*: ", flag.help)
+        if said or flag.name in main._REQUIRED[mode]:
+            assert (flag.name, "" if flag.boolean else "=") in listed
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize("name", commands.NAMES)
+def test_a_command_says_what_it_takes(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):  # argparse
+        run(name, "--help")
+    printed = capsys.readouterr().out
+    assert f"Command:    csc-jax {name} " in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_a_mode_by_its_name_is_that_mode(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(main, "dispatch", lambda config: seen.append(main._MODE.value))
+    required = {name: "v5e:4x4" for needed in main._REQUIRED.values() for name in needed}
+    required["format"] = "bundle"
+    for mode in MODES:
+        given = [f"--{name}={required[name]}" for name in main._REQUIRED[mode]]
+        assert run(mode, "--config=synthetic", *given) == 0
+        assert run("--config=synthetic", f"--mode={mode}", *given) == 0
+    assert seen == [mode for mode in MODES for _ in range(2)]
+    assert run("evaluate", "--config=synthetic", "--mode=train", "--workdir=W") == 2
+    assert "evaluate and --mode both say what to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["trian"], "'trian' is no command of csc-jax. Did you mean train? There are train, "),
+        (["prepare_data", "-h"], "Did you mean prepare?"),
+        (["import_weights"], "Did you mean import-weights?"),
+        (["x\x1b[2J"], r"'x\x1b[2J' is no command of csc-jax. There are train, evaluate"),
+        (["--config=synthetic", "train"], "The command comes first: csc-jax train --config=…"),
+        (["train", "--config=synthetic", "evaluate"], "The command comes first: csc-jax evaluate"),
+        (["train", "--config=synthetic", "more"], "'more' is no flag"),
+        (["prepare", "--config=synthetic", "--config.seed=x"], "wrong type"),
+        (["import-weights", "--weights=W", "--workdir=W"], "--config is missing"),
+        (["export-torch", "--workdir=nowhere", "--out=x"], "nowhere"),
+    ],
+)
+def test_a_slip_in_a_command_is_explained(arguments, answer, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["csc-jax", *arguments])  # where ml-collections finds fields
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert answer in error
+
+
+def completed(script: str, line: str) -> list[str]:
+    """What bash offers at the end of a line; it takes "=" for a word of its own."""
+    words = [word for word in re.split(r" |(=)", line) if word is not None]
+    if words[-2] == "=" and not words[-1]:
+        words.pop()
+    code = (
+        f"{script}\ncompopt() {{ :; }}\nCOMP_LINE={shlex.quote(line)} COMP_POINT={len(line)}\n"
+        f"COMP_CWORD={len(words) - 1}\n_csc_jax csc-jax {shlex.quote(words[-1])}\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+def test_bash_completes_commands_flags_fields_and_configs(capsys):
+    assert run("--completion") == 0
+    script = capsys.readouterr().out
+    assert completed(script, "csc-jax re") == ["report", "reproduce"]
+    assert set(completed(script, "csc-jax ")) == {*MODES, *commands.NAMES}
+    assert completed(script, "csc-jax predict --so") == ["--soft"]
+    assert completed(script, "csc-jax train --workd") == ["--workdir="]
+    assert completed(script, "csc-jax train --config.train.st") == ["--config.train.steps="]
+    assert "camvid" in completed(script, "csc-jax train --config=")
+    assert completed(script, "csc-jax train --config=camvid_p") == ["camvid_pretrained"]
+    assert completed(script, "csc-jax train --workdir=re") == []  # a file
+    assert completed(script, "csc-jax compare re") == []
 
 
 def test_no_arguments_show_the_help_as_an_error(capsys):
@@ -118,6 +220,9 @@ def test_answers_come_without_importing_jax(tmp_path):
     """In a process of its own, in another folder; the config's own values and overrides count."""
     calls = [
         ["--help"],
+        ["train", "--help"],
+        ["prepare", "--help"],
+        ["--completion"],
         ["--config=nowhere.py", "--version"],
         ["--config=camvid", "--workdir=x", "--config.train.step=3"],  # a slip: status 2
         ["--config=configs/camvid_pretrained.py", "--config.train.steps=7", "--helpfull"],
@@ -133,7 +238,7 @@ def test_answers_come_without_importing_jax(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert done.stdout.splitlines()[-2:] == ["[0, 0, 2, 0]", "False"], done.stderr
+    assert done.stdout.splitlines()[-2:] == ["[0, 0, 0, 0, 0, 2, 0]", "False"], done.stderr
     assert "\n  --config.model.backbone=efficientnet_lite0\n" in done.stdout
     assert "\n  --config.train.steps=7\n" in done.stdout
 
@@ -146,5 +251,5 @@ def test_every_script_says_how_it_is_called(script, option, monkeypatch, capsys)
         runpy.run_path(str(script), run_name="__main__")
     assert ended.value.code == 0
     printed = capsys.readouterr()
-    assert script.name in printed.out
+    assert re.search(rf"{script.name}|Command: +csc-jax ", printed.out)
     assert printed.err == ""

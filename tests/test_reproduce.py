@@ -1,4 +1,4 @@
-"""scripts/reproduce.py: which runs it starts, and the tables that it makes of their scores."""
+"""csc-jax reproduce: which runs it starts, and the tables that it makes of their scores."""
 
 import csv
 import json
@@ -6,10 +6,10 @@ import statistics
 from pathlib import Path
 
 import pytest
-import reproduce
-from tables import TABLES
 
 from csc_jax import methods
+from csc_jax.commands import reproduce
+from csc_jax.commands.tables import TABLES
 from csc_jax.config import default_config, flatten
 
 ROOT = Path(__file__).parents[1]

@@ -15,6 +15,8 @@ from sklearn.datasets import load_sample_image
 from tiny import Harness, tiny_config
 
 from csc_jax import models
+from csc_jax.commands import export_torch
+from csc_jax.commands.import_weights import import_weights
 from csc_jax.errors import UserError
 from csc_jax.evaluation import score
 from csc_jax.models.efficientnet_lite import EfficientNetLite0
@@ -30,7 +32,6 @@ from csc_jax.training.experiment import build
 from csc_jax.training.step import compile_init
 
 GOLDEN = Path(__file__).parent / "golden" / "network"
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def shapes_of(network, *, projection=True):
@@ -342,14 +343,7 @@ def test_efficientnet_names_photographs(efficientnet_file, photograph, wanted):
     assert logits.argmax() == wanted
 
 
-# Scripts
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# Commands
 
 
 def test_published_weights_are_evaluated_and_exported_again(tmp_path):
@@ -360,13 +354,12 @@ def test_published_weights_are_evaluated_and_exported_again(tmp_path):
     save_file(state, tmp_path / "published.safetensors")
     workdir = tmp_path / "run"
 
-    import_weights = script("import_weights").import_weights
     import_weights(config, str(tmp_path / "published.safetensors"), workdir)
     with pytest.raises(UserError, match=r"already holds checkpoints"):
         import_weights(config, str(tmp_path / "published.safetensors"), workdir)
 
     for name in ("teacher", "student"):
-        script("export_torch").export(workdir, tmp_path / "out.safetensors", "latest", name)
+        export_torch.export(workdir, tmp_path / "out.safetensors", "latest", name)
         exported = load_file(tmp_path / "out.safetensors")
         expected = {k: v for k, v in state.items() if "representation" not in k}
         assert exported.keys() == expected.keys()

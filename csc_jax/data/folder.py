@@ -187,7 +187,7 @@ def _labels(
     for name, path in labels.others.items():
         image = of_image.get(_key(_stem(name), by_folder))
         if image is not None and image not in label_of:
-            ways = "scripts/import_annotations.py turns COCO, LabelMe and CVAT into labels"
+            ways = "csc-jax import-annotations turns COCO, LabelMe and CVAT into labels"
             raise UserError(
                 f"{path} is no label that is read ({', '.join(files.LABEL_SUFFIXES)} are), and its "
                 f"image {image} would count as one without label{labels.passed_over()}. Save "

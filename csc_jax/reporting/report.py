@@ -349,7 +349,7 @@ def _fields(run: Run) -> dict[str, Any]:
     return {
         "rows": rows,
         "file": launch.config if launch is not None else "",
-        "known": launch is not None,
+        "known": launch is not None and launch.config != "",
         "overrides": sum(row[3] == "command line" for row in rows),
     }
 
