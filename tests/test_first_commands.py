@@ -102,7 +102,7 @@ def test_a_mode_by_its_name_is_that_mode(monkeypatch, capsys):
         (["--config=synthetic", "train"], "The command comes first: csc-jax train --config=…"),
         (["train", "--config=synthetic", "evaluate"], "The command comes first: csc-jax evaluate"),
         (["train", "--config=synthetic", "more"], "'more' is no flag"),
-        (["prepare", "--config=synthetic", "--config.seed=x"], "wrong type"),
+        (["prepare", "--config=synthetic", "--config.seed=x"], "--config.seed=x: "),
         (["import-weights", "--weights=W", "--workdir=W"], "--config is missing"),
         (["export-torch", "--workdir=nowhere", "--out=x"], "nowhere"),
     ],
