@@ -27,7 +27,7 @@ help:  ## Print this list
 	@echo "and uses an environment of another Python (3.11 or newer)."
 
 demo: $(READY)  ## Train supervised and CSC on drawn street scenes and compare them (5 minutes)
-	$(VENV)/bin/python scripts/demo.py --workdir=runs/demo $(ARGS)
+	$(VENV)/bin/csc-jax demo --workdir=runs/demo $(ARGS)
 
 test: $(READY)  ## Run the tests
 	$(RUN) pytest -n 2 $(ARGS)

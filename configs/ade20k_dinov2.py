@@ -1,6 +1,6 @@
 """ADE20K with UniMatch V2 on a frozen DINOv2-S and the DPT head (Yang et al., TPAMI 2025).
 
-Command:    python -m csc_jax.main --config=configs/ade20k_dinov2.py --workdir=W \
+Command:    csc-jax train --config=ade20k_dinov2 --workdir=W \
                 --config.data.root=DIR --config.model.pretrained=dinov2_vits14_pretrain.pth \
                 --config.data.labeled_list=1_64/labeled.txt
             The lists are UniMatch V2's, unchanged. All other train images are unlabelled.

@@ -1,6 +1,6 @@
 """CamVid (367 / 101 / 233 street scenes, 11 classes) at a size that one CPU core can train.
 
-Command:    python -m csc_jax.main --config=configs/camvid.py --config.data.root=DIR --workdir=W
+Command:    csc-jax train --config=camvid --config.data.root=DIR --workdir=W
 Hardware:   1 CPU core
 Run time:   7 minutes (supervised), 15 (cutmix_mean_teacher), 18 to 26 (csc)
 Expected:   teacher mIoU on val after 3,000 steps: supervised 42.8 and 37.6 (seeds 0 and 1),

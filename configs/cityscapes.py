@@ -1,6 +1,6 @@
 """Cityscapes (2,975 / 500, 19 classes) with the paper's recipe.
 
-Command:    python -m csc_jax.main --config=configs/cityscapes.py --config.data.root=DIR --workdir=W
+Command:    csc-jax train --config=cityscapes --config.data.root=DIR --workdir=W
             DIR holds leftImg8bit/ and gtFine/, or the archives of both.
 Hardware:   one GPU or several; a step on one H100 needs 7.3 GiB of its memory (planned). Not
             trained yet by this project.

@@ -1,6 +1,6 @@
 """Cityscapes with UniMatch V2 on DINOv2-S and the DPT head (Yang et al., TPAMI 2025).
 
-Command:    python -m csc_jax.main --config=configs/cityscapes_dinov2.py --workdir=W \
+Command:    csc-jax train --config=cityscapes_dinov2 --workdir=W \
                 --config.data.root=DIR --config.model.pretrained=dinov2_vits14_pretrain.pth \
                 --config.data.labeled_list=1_16/labeled.txt \
                 --config.data.unlabeled_list=1_16/unlabeled.txt

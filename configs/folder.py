@@ -1,6 +1,6 @@
 """Images and labels of your own (docs/own_images.md) on one GPU.
 
-Command:    python -m csc_jax.main --config=configs/folder.py --config.data.root=DIR --workdir=W
+Command:    csc-jax train --config=folder --config.data.root=DIR --workdir=W
             DIR holds images/, labels/ and classes.txt.
 Hardware:   one GPU with 24 GB; not run yet by this project.
 Run time:   not measured yet.

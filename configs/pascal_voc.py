@@ -1,6 +1,6 @@
 """Pascal VOC 2012, augmented annotations (10,582 / 1,449, 21 classes), with the paper's recipe.
 
-Command:    python -m csc_jax.main --config=configs/pascal_voc.py --config.data.root=DIR --workdir=W
+Command:    csc-jax train --config=pascal_voc --config.data.root=DIR --workdir=W
             DIR holds VOCdevkit (docs/data.md).
 Hardware:   one GPU or several; not run yet by this project.
 Run time:   not measured yet.

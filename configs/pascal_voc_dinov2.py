@@ -1,6 +1,6 @@
 """Pascal VOC 2012 with UniMatch V2 on DINOv2-S and the DPT head (Yang et al., TPAMI 2025).
 
-Command:    python -m csc_jax.main --config=configs/pascal_voc_dinov2.py --workdir=W \
+Command:    csc-jax train --config=pascal_voc_dinov2 --workdir=W \
                 --config.data.root=DIR --config.model.pretrained=dinov2_vits14_pretrain.pth \
                 --config.data.labeled_list=92/labeled.txt \
                 --config.data.unlabeled_list=92/unlabeled.txt

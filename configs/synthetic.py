@@ -1,6 +1,6 @@
 """Drawn street scenes: the embedded default, nothing to download.
 
-Command:    python -m csc_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
+Command:    csc-jax train --config=synthetic --workdir=runs/synthetic
 Hardware:   2 CPU cores
 Run time:   1 minute (supervised), 3 (csc), compilation included
 Expected:   teacher mIoU 49.1 ± 0.7 for supervised and 50.1 ± 0.3 for csc (3 seeds): unlabelled

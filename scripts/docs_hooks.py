@@ -6,6 +6,7 @@ name that the API pages leave out, or that has no description, is a warning, and
 """
 
 import itertools
+import json
 import logging
 import posixpath
 import re
@@ -22,6 +23,7 @@ RENAMED = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "notebooks/own_images.ipynb": "own_images_notebook.md",
 }
 LINK = re.compile(r"(?<=\]\()([^()\s#]+)(#[^()\s]*)?(?=\))")
 API_ENTRY = re.compile(r"^::: (\S+)", re.MULTILINE)
@@ -32,7 +34,9 @@ log = logging.getLogger("mkdocs.hooks.docs")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages that are not below docs/."""
     for path, uri in RENAMED.items():
-        files.append(File.generated(config, uri, content=(ROOT / path).read_text()))
+        text = (ROOT / path).read_text()
+        content = _cells(text) if path.endswith(".ipynb") else text
+        files.append(File.generated(config, uri, content=content))
     linked = {
         target
         for file in files.documentation_pages()
@@ -111,6 +115,15 @@ def _undescribed(documented: griffe.Object, follow: bool = True) -> Iterator[gri
             member.is_alias or member.is_module or member.name.startswith("__")
         ):
             yield from _undescribed(member)
+
+
+def _cells(notebook: str) -> str:
+    """Returns a notebook as Markdown."""
+    parts = []
+    for cell in json.loads(notebook)["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def _links(markdown: str, path: str) -> set[tuple[str, str]]:

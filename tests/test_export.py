@@ -198,7 +198,7 @@ def test_a_header_that_does_not_fit_the_program_is_an_error(stablehlo, tmp_path)
 def test_an_archive_that_is_none_or_compressed_is_an_error(tmp_path):
     path = tmp_path / "a.stablehlo"
     path.write_bytes(b"PK nothing")
-    with pytest.raises(UserError, match="is no file of --mode=export"):
+    with pytest.raises(UserError, match="is no file of csc-jax export"):
         csc_jax.load(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("header.json", b" " * 10**6)

@@ -28,6 +28,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import statistics
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
     for run in runs[part - 1 :: parts]:
         if run.miou is not None:
             continue
-        print("$ " + " ".join(run.command), flush=True)
+        print("$ " + shlex.join(run.command), flush=True)
         if options.dry_run:
             continue
         status = _train(run)
@@ -250,7 +251,7 @@ def _markdown(plan: Plan, runs: Sequence[Run]) -> str:
         lines.append(_line(cells))
     lines += ["", "mIoU in percent at the last step, mean ± standard deviation over seeds."]
     lines += [plan.note] if plan.note else []
-    lines += ["", "```", *(" ".join(run.command) for run in runs if run.seed == 0), "```"]
+    lines += ["", "```", *(shlex.join(run.command) for run in runs if run.seed == 0), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -286,7 +287,7 @@ def _write(plan: Plan, runs: Sequence[Run], out: Path) -> None:
             command = next(r.command for r in runs if (r.row, r.partition) == (row, partition))
             figures = (paper, mean, std, _difference(scores, paper))
             each = " ".join(map(_number, scores))
-            writer.writerow([row, partition, *map(_number, figures), each, " ".join(command)])
+            writer.writerow([row, partition, *map(_number, figures), each, shlex.join(command)])
     (out / f"{plan.name}.csv").write_text(text.getvalue())
     _write_runs(runs, out / f"{plan.name}_runs.csv")
 

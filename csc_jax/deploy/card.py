@@ -71,7 +71,7 @@ def write(description: Description, scores: list[dict[str, Any]]) -> str:
             for s in scores
         ]
     else:
-        lines += ["None: `csc-jax --mode=evaluate` had not been run on this step."]
+        lines += ["None: `csc-jax evaluate` had not been run on this step."]
     lines += ["", "## Classes", "", "| id | name | IoU | colour |", "|---|---|---|---|"]
     of_class = scores[0]["iou"] if scores else {}
     for index, (name, color) in enumerate(

@@ -58,7 +58,7 @@ def load(source: str | os.PathLike[str], *, checkpoint: str = "latest", **evalua
     hint = " Run an .onnx with onnxruntime." if path.suffix == ".onnx" else ""
     raise UserError(
         f"{path} is no model. Give the work directory of a run, or a .safetensors, .stablehlo or "
-        f"bundle that --mode=export wrote.{hint}"
+        f"bundle that csc-jax export wrote.{hint}"
     )
 
 

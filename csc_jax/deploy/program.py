@@ -123,7 +123,7 @@ def read(path: Path) -> tuple[Description, Arrays, export.Exported, tuple[int, i
             weights = _member(archive, WEIGHTS, path.stat().st_size)
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
         reason = printable_name(f"{type(error).__name__}: {error}")[:120]
-        raise UserError(f"{path} is no file of --mode=export ({reason}).") from error
+        raise UserError(f"{path} is no file of csc-jax export ({reason}).") from error
     description = parse(header, path)
     size = _size(header, path)
     with tempfile.TemporaryDirectory() as folder:

@@ -88,7 +88,7 @@ def read_file(path: Path) -> tuple[Description, Arrays]:
         metadata = file.metadata() or {}
     if _KEY not in metadata:
         raise UserError(
-            f"{path} holds weights without a config. Give one that --mode=export wrote, or train "
+            f"{path} holds weights without a config. Give one that csc-jax export wrote, or train "
             "from it with --config.model.pretrained."
         )
     return parse(decode(metadata[_KEY], path), path), arrays

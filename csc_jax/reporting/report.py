@@ -113,7 +113,7 @@ def after_training(
             _write(page(workdir), path)
             log.info("report: %s", path)
     except EvaluationStopped:
-        log.info("stopped before the report; --mode=report writes it")
+        log.info("stopped before the report; csc-jax report writes it")
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         log.warning("%s was not written (%s); the run itself is whole", path, reason)
