@@ -101,15 +101,26 @@ def test_the_wheel_finds_its_configs_by_name_wherever_it_is_called(tmp_path, mon
     assert [path.name for path in sorted(shipped.iterdir())] == [path.name for path in sources]
     assert (tmp_path / "site" / "csc_jax" / "reporting" / "templates" / "report.css").is_file()
     (tmp_path / "elsewhere").mkdir()
-    done = subprocess.run(
-        # A file that loads another.
-        [sys.executable, "-m", "csc_jax.main", "--config=camvid_pretrained", "--helpfull"],
-        cwd=tmp_path / "elsewhere",
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"(files in {shipped})" in done.stdout
-    assert "\n  --config.model.backbone=efficientnet_lite0\n" in done.stdout
-    assert "\n  --config.data.image_size=144,192\n" in done.stdout  # camvid.py's
+
+    def call(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path / "elsewhere",
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # A file that loads another.
+    listed = call("-m", "csc_jax.main", "--config=camvid_pretrained", "--helpfull")
+    assert f"(files in {shipped})" in listed
+    assert "\n  --config.model.backbone=efficientnet_lite0\n" in listed
+    assert "\n  --config.data.image_size=144,192\n" in listed  # camvid.py's
+    code = "from csc_jax.commands import demo, run; print(demo._config().data.name); "
+    arguments = ["--config=synthetic", "--rows=csc", "--dry_run"]
+    printed = call("-c", f"{code}assert run('reproduce', {arguments}) == 0")
+    assert printed.startswith("synthetic\n")
+    assert "$ python -m csc_jax.main --config=synthetic --workdir=" in printed
+    assert (tmp_path / "elsewhere" / "runs" / "tables" / "synthetic" / "comparison.csv").is_file()
