@@ -21,6 +21,7 @@ EXAMPLES = {  # of each mode
     "evaluate": "--workdir=W --checkpoint=best",
     "report": "--workdir=W --compare=W2,W3",
     "predict": "--workdir=W --images=DIR --out=DIR",
+    "label": "--workdir=W",
     "export": "--workdir=W --format=bundle --out=DIR",
     "plan": "--config=cityscapes --topology=v5e:4x4",
 }
@@ -29,6 +30,7 @@ _ABOUT = {
     "evaluate": "Scores a checkpoint, and draws the worst and the best images.",
     "report": "Writes report.html: the whole run on one page, beside other runs.",
     "predict": "Segments images, TIFFs larger than memory, or a video.",
+    "label": "Ranks unlabelled images by the use of a label, and writes masks to correct.",
     "export": "Writes the network to a file or folder, and compares it with the run.",
     "plan": "Compiles a training step for hardware that is not there.",
 }

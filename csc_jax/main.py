@@ -5,6 +5,7 @@ csc-jax evaluate --workdir=runs/synthetic --checkpoint=best
 csc-jax evaluate --workdir=runs/synthetic --save_predictions=DIR
 csc-jax report --workdir=runs/synthetic --compare=runs/other
 csc-jax predict --workdir=runs/synthetic --images=DIR --out=DIR
+csc-jax label --workdir=runs/synthetic
 csc-jax export --workdir=runs/synthetic --format=bundle --out=DIR
 csc-jax plan --topology=v5e:4x4 --config=cityscapes
     --config.batch.labeled=32 --config.batch.unlabeled=32
@@ -39,20 +40,20 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "A file, or the name of one that comes with csc_jax; any field is overridden by "
-    "--config.section.field=value. Without it, evaluate, report, predict, export and plan take the "
+    "--config.section.field=value. Without it, every mode but train takes the "
     "config of the run in --workdir.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, plots.")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "report", "predict", "export", "plan"],
+    ["train", "evaluate", "report", "predict", "label", "export", "plan"],
     "What to do.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     "latest",
-    "evaluate, report, predict, export: latest, best (by mIoU on the val split) or a step.",
+    "evaluate, report, predict, label, export: latest, best (by mIoU on the val split) or a step.",
 )
 _SAVE_PREDICTIONS = flags.DEFINE_string(
     "save_predictions",
@@ -70,7 +71,7 @@ _SOFT = flags.DEFINE_bool(
     "soft", False, "predict: write the probabilities of all classes, an .npz of float16."
 )
 _POLYGONS = flags.DEFINE_enum(
-    "polygons", None, ["coco", "labelme"], "predict: write the masks as polygons to correct."
+    "polygons", None, ["coco", "labelme"], "predict, label: write the masks as polygons."
 )
 _TILE = flags.DEFINE_integer(
     "tile", None, "predict: px, sides of the tiles that a TIFF is segmented in.", lower_bound=64
@@ -78,7 +79,8 @@ _TILE = flags.DEFINE_integer(
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "predict: folder for overlays and index PNGs; export: the file, or the folder of a bundle; "
+    "predict: folder for overlays and index PNGs; label: folder of the ranking and the masks, "
+    "WORKDIR/label by default; export: the file, or the folder of a bundle; "
     "plan: JSON file of the plan.",
 )
 _FORMAT = flags.DEFINE_enum(
@@ -127,6 +129,7 @@ _REQUIRED = {  # flags that a mode cannot do without
     "report": _RUN,
     "predict": _RUN
     | {"images": "an image, a folder of images or a video", "out": "the folder to write to"},
+    "label": _RUN,
     "export": _RUN
     | {
         "format": "stablehlo, safetensors, bundle or onnx",
@@ -259,6 +262,11 @@ def dispatch(config: ConfigDict) -> None:
         )
     elif _MODE.value == "report":
         report(config, workdir, _CHECKPOINT.value, [Path(other) for other in _COMPARE.value])
+    elif _MODE.value == "label":
+        from csc_jax.deploy.label import label
+
+        out = Path(_OUT.value) if _OUT.value else None
+        label(config, workdir, _CHECKPOINT.value, out, polygons=_POLYGONS.value)
     elif _MODE.value == "export":
         from csc_jax.deploy.export import export
 

@@ -46,6 +46,7 @@ __all__ = [
     "check_crop",
     "cpu_count",
     "eval_batches",
+    "find",
     "load",
     "partition",
     "read_image",
@@ -84,14 +85,7 @@ def load(config: ConfigDict) -> Dataset:
         raise UserError(
             f"data.image_size is {size}; give height and width in px, or (0, 0) for own size."
         )
-    if config.name not in _FINDERS:
-        near = difflib.get_close_matches(config.name, _FINDERS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(
-            f"data.name is {config.name!r}, which is no known data set; {hint}There are "
-            f"{', '.join(_FINDERS)}."
-        )
-    listing = _FINDERS[config.name](config)
+    listing = find(config)
     dataset = builder.prepare(config.name, listing, config.cache_dir, size)
     for line in listing.notes.lines() if listing.notes else ():
         log.warning("%s: %s", config.name, line)
@@ -99,3 +93,22 @@ def load(config: ConfigDict) -> Dataset:
     for warning in census.warnings(dataset.census, dataset.class_names, dataset.name):
         log.warning("%s", warning)
     return dataset
+
+
+def find(config: ConfigDict) -> Listing:
+    """Returns the images of the data set `config.name` as they are at `config.root`.
+
+    Args:
+      config: the `data` part of the configuration.
+
+    Raises:
+      UserError: for an unknown name, or a folder that cannot be used.
+    """
+    if config.name not in _FINDERS:
+        near = difflib.get_close_matches(config.name, _FINDERS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"data.name is {config.name!r}, which is no known data set; {hint}There are "
+            f"{', '.join(_FINDERS)}."
+        )
+    return _FINDERS[config.name](config)

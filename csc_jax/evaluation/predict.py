@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
@@ -106,7 +106,7 @@ def predict_folder(
     except OSError as error:
         raise UserError(f"--out={out} cannot be made: {error}. Choose another folder.") from error
     written, unreadable, turned = list[Path](), list[str](), list[str]()
-    with _coco_file(out, class_names, extras) as coco:
+    with coco_file(out, class_names, extras) as coco:
         for name, path in found.items():
             if in_tiles is not None and _is_tiff(name):
                 targets = {k: out / o for k, o in _outputs(name, extras, tiled=True).items()}
@@ -125,12 +125,7 @@ def predict_folder(
             if photo.turned:
                 turned.append(name)
             result = predict(photo.pixels)
-            outputs = {kind: out / output for kind, output in _outputs(name, extras).items()}
-            for kind, output in outputs.items():
-                _write(output, _ENCODERS[kind](result))
-            if extras.polygons:
-                _write_polygons(result.classes, name, path, out, class_names, coco)
-            written.append(outputs["index"])
+            written.append(write_one(result, name, path, out, extras, coco))
     log.info("%d of %d images written to %s", len(written), len(found), out)
     if turned:
         log.warning(
@@ -144,6 +139,35 @@ def predict_folder(
             f"{'; '.join(unreadable[:5])}. Replace or remove them; the others are done."
         )
     return written
+
+
+def write_one(
+    result: Prediction,
+    name: str,
+    image: Path,
+    out: Path,
+    extras: Extras,
+    coco: polygons.CocoFile | None,
+) -> Path:
+    """Writes what there is to write for one image, and returns the path of the index PNG.
+
+    Args:
+      result: what is known of the image.
+      name: of the image, a relative path with its suffix; see `check_outputs`.
+      image: its file, which a LabelMe file names.
+      out: folder to write to.
+      extras: what is written besides index PNG and overlay.
+      coco: what `coco_file` gave.
+
+    Raises:
+      UserError: no place to write.
+    """
+    outputs = {kind: out / output for kind, output in _outputs(name, extras).items()}
+    for kind, output in outputs.items():
+        write_file(output, _ENCODERS[kind](result))
+    if extras.polygons:
+        _write_polygons(result.classes, name, image, out, result.class_names, coco)
+    return outputs["index"]
 
 
 def _write_polygons(
@@ -170,7 +194,7 @@ def _write_polygons(
         _guarded(out / COCO_NAME, lambda: coco.add(name, size, regions))
     else:
         target = (out / name).with_suffix(".json")
-        _write(target, polygons.labelme(regions, class_names, image, target, size))
+        write_file(target, polygons.labelme(regions, class_names, image, target, size))
 
 
 def _find(images: Path, out: Path, extras: Extras, *, tiled: bool) -> dict[str, Path]:
@@ -202,16 +226,30 @@ def _find(images: Path, out: Path, extras: Extras, *, tiled: bool) -> dict[str, 
         )
     if passed_over:
         log.warning("--images=%s: %d images%s", images, len(found), passed_over)
-    names: dict[str, str] = {}
-    for name in found:
+    check_outputs(found, extras, f"--images={images}", tiled=tiled)
+    return found
+
+
+def check_outputs(
+    names: Iterable[str], extras: Extras, source: str, *, tiled: bool = False
+) -> None:
+    """Raises UserError where two images would be written to one file.
+
+    Args:
+      names: of the images, relative paths with their suffixes.
+      extras: what is written.
+      source: where the images are, for the message.
+      tiled: whether TIFFs go in tiles.
+    """
+    taken: dict[str, str] = {}
+    for name in names:
         for output in _outputs(name, extras, tiled=tiled).values():
-            other = names.setdefault(output.casefold(), name)  # some file systems ignore case
+            other = taken.setdefault(output.casefold(), name)  # some file systems ignore case
             if other != name:
                 raise UserError(
-                    f"--images={images} holds both {other} and {name}, which would be "
+                    f"{source} holds both {other} and {name}, which would be "
                     f"written to one file, {output}. Rename one of them."
                 )
-    return found
 
 
 # What each kind of output holds.
@@ -254,15 +292,18 @@ def _npz(result: Prediction) -> bytes:
     return file.getvalue()
 
 
-def _coco_file(
+def coco_file(
     out: Path, class_names: tuple[str, ...], extras: Extras
 ) -> contextlib.AbstractContextManager[polygons.CocoFile | None]:
+    """Opens the file of all images' polygons, or nothing where `extras` asks for none."""
     if extras.polygons != "coco":
         return contextlib.nullcontext()
+    _make_folder(out / COCO_NAME)
     return _guarded(out / COCO_NAME, lambda: polygons.CocoFile(out / COCO_NAME, class_names))
 
 
-def _write(path: Path, encoded: bytes) -> None:
+def write_file(path: Path, encoded: bytes) -> None:
+    """Writes a file and makes its folder; UserError where that fails."""
     _make_folder(path)
     _guarded(path, lambda: path.write_bytes(encoded))
 

@@ -29,8 +29,13 @@ def voc_palette() -> np.ndarray:
     return np.sum(bits, axis=0).astype(np.uint8)
 
 
-def check_folder(out: Path, data_root: str) -> None:
+def check_folder(out: Path, data_root: str, flag: str = "--save_predictions") -> None:
     """Makes the folder for predictions, before anything expensive is done.
+
+    Args:
+      out: the folder.
+      data_root: of the data set.
+      flag: that named the folder, for messages.
 
     Raises:
       UserError: it cannot be made or written to, or lies where the data set's own labels are.
@@ -39,14 +44,14 @@ def check_folder(out: Path, data_root: str) -> None:
     try:
         if data_root and out.resolve().is_relative_to(root.resolve()):
             raise UserError(
-                f"--save_predictions={out} lies in data.root {data_root}, where predictions could "
+                f"{flag}={out} lies in data.root {data_root}, where predictions could "
                 "replace the labels. Choose a folder outside of it."
             )
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
-        raise _not_written(out, error) from error
+        raise _not_written(out, error, flag) from error
 
 
 class PredictionWriter:
@@ -162,10 +167,12 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _not_written(path: Path, error: OSError | RuntimeError) -> UserError:
+def _not_written(
+    path: Path, error: OSError | RuntimeError, flag: str = "--save_predictions"
+) -> UserError:
     return UserError(
         f"{path} cannot be written: {getattr(error, 'strerror', None) or error}. Free or grant "
-        "space there, or choose another --save_predictions."
+        f"space there, or choose another {flag}."
     )
 
 

@@ -38,6 +38,8 @@ LINES = (
 # by a whole factor, so that a pixel of a 64x64 image can be seen; a very wide one is reduced.
 _LEAST_WIDTH = 192
 _GREATEST_WIDTH = 480
+_THUMBNAIL = 240  # on a contact sheet
+_ACROSS = 5
 _CHART_WIDTH, _CHART_HEIGHT = 440, 320  # of each on the sheet of curves
 _GAP = 8
 _LINE = 4  # between the pictures of `four`
@@ -189,6 +191,57 @@ def save_panel(
         y -= _GAP
     figure.figimage(legend, _GAP, y - len(legend), origin="upper")
     _save(figure, path)
+
+
+def thumbnail(picture: np.ndarray) -> np.ndarray:
+    """Resizes a picture (H, W, 3) uint8 RGB so that its longer side has `_THUMBNAIL` px."""
+    height, width, _ = picture.shape
+    factor = _THUMBNAIL / max(height, width)
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    how = cv2.INTER_AREA if factor < 1 else cv2.INTER_NEAREST
+    return cv2.resize(picture, size, interpolation=how)
+
+
+def draw_contact_sheet(
+    pictures: Sequence[np.ndarray],
+    captions: Sequence[str],
+    palette: np.ndarray,
+    class_names: Sequence[str],
+    title: str,
+) -> np.ndarray:
+    """Draws small pictures in rows, each under its caption, and a legend below.
+
+    Args:
+      pictures: at least one, of `thumbnail`.
+      captions: a line for each; what does not fit above the picture is cut off.
+      palette: (C, 3) uint8 RGB.
+      class_names: C names for the legend.
+      title: one line at the top.
+
+    Returns:
+      (H, W, 3) uint8 RGB.
+    """
+    across = min(_ACROSS, len(pictures))
+    rows = [pictures[i : i + across] for i in range(0, len(pictures), across)]
+    pitch = _THUMBNAIL + _GAP
+    width = max(across * pitch + _GAP, _TITLE_LETTER * len(title))
+    legend = _legend(_colors(palette), _labels(class_names), width - 2 * _GAP)
+    width = max(width, legend.shape[1] + 2 * _GAP)
+    tallest = [max(picture.shape[0] for picture in row) for row in rows]
+    height = _TITLE + sum(_HEADER + each + _GAP for each in tallest) + len(legend) + _GAP
+    figure = _figure(width, height)
+    _write(figure, _GAP, height - _TITLE // 2, title, fontsize=12, fontweight="bold")
+    y, longest = height - _TITLE, _THUMBNAIL // _LETTER
+    for i, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            x, caption = _GAP + column * pitch, captions[i * across + column]
+            if len(caption) > longest:
+                caption = f"{caption[: longest - 1]}…"
+            _write(figure, x, y - _HEADER // 2, caption, fontsize=9)
+            figure.figimage(picture, x, y - _HEADER - picture.shape[0], origin="upper")
+        y -= _HEADER + tallest[i] + _GAP
+    figure.figimage(legend, _GAP, y - len(legend), origin="upper")
+    return _pixels(figure)
 
 
 def four(pictures: Sequence[np.ndarray], palette: np.ndarray) -> np.ndarray:
