@@ -297,3 +297,26 @@ def test_pictures_take_any_name(tmp_path):
     series = {"空 $x": [1.0] * 8}
     visualize.save_bars(path, series, HOSTILE_NAMES, "bars")
     visualize.save_lines(path, {"空 $x$ $": ([1, 2], [1.0, 2.0])}, "lines")
+
+
+def test_a_contact_sheet_has_five_pictures_in_a_row_under_their_captions():
+    pictures = [np.full((60, 120, 3), (10 + 30 * i, 200, 90), np.uint8) for i in range(6)]
+    small = [visualize.thumbnail(picture) for picture in pictures]
+    assert small[0].shape == (120, 240, 3)
+    tall, tiny = np.zeros((5000, 2, 3), np.uint8), np.zeros((1, 1, 3), np.uint8)
+    assert [visualize.thumbnail(each).shape for each in (tall, tiny)] == [
+        (240, 1, 3),
+        (240, 240, 3),
+    ]
+    sheets = [
+        visualize.draw_contact_sheet(small, captions, PALETTE, NAMES, "title")
+        for captions in ([""] * 6, [f"{i}: 0.5  {'long name' * 99}\x1b" for i in range(6)])
+    ]
+    assert sheets[0].shape == sheets[1].shape  # whatever the captions
+    places = [place_of(sheets[1], picture[0, 0]) for picture in pictures]
+    assert {(y1 - y0, x1 - x0) for y0, y1, x0, x1 in places} == {(120, 240)}
+    assert len({place[0] for place in places[:5]}) == 1
+    assert places[5][0] > places[0][1]
+    assert places[5][2] == places[0][2]
+    for y0, _, _, x1 in places:  # each caption ends before the next picture begins
+        np.testing.assert_array_equal(sheets[1][y0 - 24 : y0, x1 : x1 + 8], 255)

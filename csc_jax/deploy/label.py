@@ -82,7 +82,7 @@ def label(
         classes. Or images that cannot be read any more, which are named when the others are done.
     """
     config = on_one_device(config)
-    given, out = "--out" if out else "--workdir", out or workdir / "label"
+    out = out or workdir / "label"
     _check_new(out)
     dataset = data.load(config.data)
     source = dataset.sources["train"]
@@ -104,7 +104,7 @@ def label(
             f"The checkpoint in {workdir} and the data set {dataset.name} have other classes. Give "
             "the data that it was trained for (--config.data.name, --config.data.root)."
         )
-    evaluation.check_folder(out, config.data.root, given)
+    evaluation.check_folder(out, config.data.root, "--out")
 
     of_labeled = _measure(experiment, state, source, labeled)
     found = _measure(experiment, state, source, unlabeled)
@@ -234,8 +234,7 @@ def _write_masks(
             write_one(result, image.name, image.file or Path(), out / MASKS, extras, coco)
             if place < _SHOWN:
                 thumbnails.append(visualize.thumbnail(result.overlay()))
-                name = PurePosixPath(image.name).name
-                captions.append(f"{place + 1}: {scores[place]:.3f}  {name}")
+                captions.append(_caption(place, scores[place], image.name))
     if thumbnails:
         sheet = visualize.draw_contact_sheet(
             thumbnails, captions, model.palette, model.class_names, title
@@ -247,6 +246,13 @@ def _write_masks(
             f"{len(unreadable)} of {len(images)} images cannot be read any more: "
             f"{'; '.join(unreadable[:5])}. Replace or remove them; the others are done."
         )
+
+
+def _caption(place: int, score: float, name: str) -> str:
+    """Returns rank, score and name of an image; of a long name the end, which differs most."""
+    start, name = f"{place + 1}: {score:.3f}  ", PurePosixPath(name).stem
+    room = visualize.CAPTION - len(start)
+    return start + (name if len(name) <= room else f"…{name[1 - room :]}")
 
 
 def _first(unlabeled: Sequence[str], ranking: Ranking) -> str:

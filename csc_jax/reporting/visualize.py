@@ -38,7 +38,7 @@ LINES = (
 # by a whole factor, so that a pixel of a 64x64 image can be seen; a very wide one is reduced.
 _LEAST_WIDTH = 192
 _GREATEST_WIDTH = 480
-_THUMBNAIL = 240  # on a contact sheet
+_THUMBNAIL = 240  # of a picture on a contact sheet
 _ACROSS = 5
 _CHART_WIDTH, _CHART_HEIGHT = 440, 320  # of each on the sheet of curves
 _GAP = 8
@@ -52,6 +52,7 @@ _TITLE_LETTER = 11  # likewise of a title
 _HATCH_PERIOD = 8
 _LONGEST_NAME = 40  # characters of a class or file; a legend is as wide as its longest entry
 _RIGHT_TO_LEFT = ("R", "AL", "RLE", "RLO", "RLI", "AN")  # Unicode's bidirectional classes
+CAPTION = _THUMBNAIL // _LETTER  # characters above a picture on a contact sheet
 _FULL_SIZE = 1000  # px of a picture's width for which its legend has letters of size 9
 
 
@@ -213,7 +214,7 @@ def draw_contact_sheet(
 
     Args:
       pictures: at least one, of `thumbnail`.
-      captions: a line for each; what does not fit above the picture is cut off.
+      captions: a line for each, of `CAPTION` characters; what is wider than a picture is cut off.
       palette: (C, 3) uint8 RGB.
       class_names: C names for the legend.
       title: one line at the top.
@@ -221,6 +222,8 @@ def draw_contact_sheet(
     Returns:
       (H, W, 3) uint8 RGB.
     """
+    from matplotlib.transforms import Bbox
+
     across = min(_ACROSS, len(pictures))
     rows = [pictures[i : i + across] for i in range(0, len(pictures), across)]
     pitch = _THUMBNAIL + _GAP
@@ -231,13 +234,13 @@ def draw_contact_sheet(
     height = _TITLE + sum(_HEADER + each + _GAP for each in tallest) + len(legend) + _GAP
     figure = _figure(width, height)
     _write(figure, _GAP, height - _TITLE // 2, title, fontsize=12, fontweight="bold")
-    y, longest = height - _TITLE, _THUMBNAIL // _LETTER
+    y = height - _TITLE
     for i, row in enumerate(rows):
         for column, picture in enumerate(row):
-            x, caption = _GAP + column * pitch, captions[i * across + column]
-            if len(caption) > longest:
-                caption = f"{caption[: longest - 1]}…"
-            _write(figure, x, y - _HEADER // 2, caption, fontsize=9)
+            x, caption = _GAP + column * pitch, captions[i * across + column][:CAPTION]
+            above = Bbox.from_bounds(x, y - _HEADER, _THUMBNAIL, _HEADER)
+            style = {"fontsize": 9, "clip_on": True, "clip_box": above}
+            _write(figure, x, y - _HEADER // 2, caption, **style)
             figure.figimage(picture, x, y - _HEADER - picture.shape[0], origin="upper")
         y -= _HEADER + tallest[i] + _GAP
     figure.figimage(legend, _GAP, y - len(legend), origin="upper")
