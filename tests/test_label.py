@@ -252,6 +252,19 @@ def test_folders_that_hold_something_are_left_alone(photos, tmp_path):
         label(config, work, "latest", work / "config.json" / "out")
 
 
+def test_two_images_are_never_written_to_one_file(photos, tmp_path):
+    config, work = stored_config.get_config(str(photos / "W")), photos / "W"
+    train = photos / "root" / "images" / "train"
+    other = train / f"{HOSTILE[1]}_overlay.jpg"
+    other.write_bytes((train / f"{HOSTILE[1]}.jpg").read_bytes())
+    try:
+        with pytest.raises(UserError, match=r"The data set folder holds both .* to one file"):
+            label(config, work, "latest", tmp_path / "out")
+    finally:
+        other.unlink()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("field", "value", "options", "message"),
     [
