@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from csc_jax import class_weights
 from csc_jax.config import changes, default_config, flatten, to_plain
 from csc_jax.errors import UserError
 
@@ -118,6 +119,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "contrast.min_fill": (1, math.inf),
     "loss.ohem_threshold": (0, 1),
     "loss.ohem_min_kept": (1, math.inf),
+    "loss.focal_gamma": (0, 10),
+    "loss.dice_weight": (0, math.inf),
     "loss.aux_weight": (0, math.inf),
     "optimizer.learning_rate": (0, math.inf),
     "optimizer.momentum": (0, 1),
@@ -200,6 +203,7 @@ def validate(config: ConfigDict) -> None:
         )
     if not config.train.steps and not config.train.epochs:
         raise UserError("train.steps and train.epochs are both 0; one of them must be above 0.")
+    _check_loss(config)
     if config.optimizer.scale_rate and not config.optimizer.recipe_batch:
         raise UserError(
             "optimizer.scale_rate is on, but optimizer.recipe_batch is 0, so the batch that "
@@ -210,6 +214,28 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"optimizer.warmup is {config.optimizer.warmup} steps, more than the "
             f"{config.train.steps} of train.steps."
+        )
+
+
+def _check_loss(config: ConfigDict) -> None:
+    """Checks what the parts of L_s are to each other."""
+    loss = config.loss
+    class_weights.given(loss.class_weights)
+    if loss.focal_gamma and loss.name == "ohem":
+        raise UserError(
+            f"loss.name is 'ohem' and loss.focal_gamma is {loss.focal_gamma:g}: both make hard "
+            "pixels count more, the one by leaving out the others, the other by their weight. Set "
+            "--config.loss.focal_gamma=0 or --config.loss.name=cross_entropy."
+        )
+    changed = [
+        name
+        for name, off in (("class_weights", "none"), ("focal_gamma", 0.0), ("dice_weight", 0.0))
+        if loss[name] != off
+    ]
+    if changed and config.method.name == "cct" and config.method.cct.annealed:
+        raise UserError(
+            f"loss.{changed[0]} is {loss[changed[0]]}, but method.cct.annealed is True: L_s is "
+            "then CCT's annealed cross entropy alone. Set --config.method.cct.annealed=False."
         )
 
 

@@ -223,6 +223,10 @@ def default_config() -> ConfigDict:
     c.loss.name = "cross_entropy"  # cross_entropy | ohem (decisions.md 21)
     c.loss.ohem_threshold = 0.7  # probability of the true class below which a pixel is hard
     c.loss.ohem_min_kept = 100_000  # pixels of a batch kept at least
+    # Weight of each class in L_s: none | inverse_frequency | enet | numbers, one a class, "1,2.5,…"
+    c.loss.class_weights = "none"  # the rules count the run's labelled images (docs/own_images.md)
+    c.loss.focal_gamma = 0.0  # exponent of the focal loss (Lin et al. 2017: 2); 0 = cross entropy
+    c.loss.dice_weight = 0.0  # weight of the soft Dice loss beside cross entropy in L_s; 0 = none
     c.loss.aux_weight = 0.0  # weight of the head on layer3; 0 = no such head (decisions.md 21)
 
     c.optimizer = ConfigDict()

@@ -50,7 +50,7 @@ def facts(content: str, label: np.ndarray, values: np.ndarray | None) -> Facts:
       values: the user's label, (H, W) of an integer type; None where there is none or in colours.
     """
     stored = {} if values is None or values.ndim != 2 else _count_values(values)
-    return Facts(content, tuple(_histogram(label, 256).tolist()), stored)
+    return Facts(content, tuple(histogram(label, 256).tolist()), stored)
 
 
 def digest(image: bytes, label: bytes | np.ndarray) -> str:
@@ -227,7 +227,7 @@ def _share(pixels: int, counts: Counts) -> str:
     return f"{share:.2f}" if share >= 0.01 else "<0.01"
 
 
-def _histogram(values: np.ndarray, bins: int) -> np.ndarray:
+def histogram(values: np.ndarray, bins: int) -> np.ndarray:
     """Returns (bins,) int64, pixels of each value of (H, W) uint8 or uint16."""
     total = np.zeros(bins, np.int64)
     rows = max(1, _EXACT // max(1, values.shape[1]))
@@ -239,7 +239,7 @@ def _histogram(values: np.ndarray, bins: int) -> np.ndarray:
 
 def _count_values(values: np.ndarray) -> dict[int, int]:
     if values.dtype in (np.uint8, np.uint16):
-        counts = _histogram(values, 1 << (8 * values.itemsize))
+        counts = histogram(values, 1 << (8 * values.itemsize))
         held = np.flatnonzero(counts)
         return dict(zip(held.tolist(), counts[held].tolist(), strict=True))
     held, counts = np.unique(values, return_counts=True)

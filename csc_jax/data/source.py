@@ -5,12 +5,13 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from csc_jax.data import codec
-from csc_jax.data.census import Counts
+from csc_jax.data.census import Counts, histogram
 from csc_jax.errors import UserError
 
 
@@ -52,15 +53,38 @@ class Source:
         Raises:
           Unreadable: the record cannot be read any more; it has a checksum.
         """
-        try:
-            record = self.records[index]
-        # ArrayRecord reports damage as RuntimeError, and so a file that is gone.
-        except (OSError, RuntimeError, ValueError) as error:
-            raise self._unreadable(index, str(error)) from error
+        record = self._record(index)
         image, label = codec.decode_image(record["image"]), codec.decode_label(record["label"])
         if image is None or label is None:
             raise self._unreadable(index, "it is corrupt")
         return {"id": self.ids[index], "image": image, "label": label}
+
+    def label(self, index: int) -> np.ndarray:
+        """Returns the label alone, (H, W) uint8; `Unreadable` as above."""
+        label = codec.decode_label(self._record(index)["label"])
+        if label is None:
+            raise self._unreadable(index, "it is corrupt")
+        return label
+
+    def count_pixels(self, ids: Sequence[str], num_classes: int) -> tuple[int, ...]:
+        """Returns how many pixels of each class the labels of some images hold.
+
+        Raises:
+          Unreadable: one of them cannot be read any more.
+        """
+        position = {name: index for index, name in enumerate(self.ids)}
+        with ThreadPoolExecutor(codec.cpu_count()) as pool:
+            counts = pool.map(
+                lambda name: histogram(self.label(position[name]), 256)[:num_classes], ids
+            )
+            return tuple(sum(counts, np.zeros(num_classes, np.int64)).tolist())
+
+    def _record(self, index: int) -> Mapping[str, bytes]:
+        try:
+            return self.records[index]
+        # ArrayRecord reports damage as RuntimeError, and so a file that is gone.
+        except (OSError, RuntimeError, ValueError) as error:
+            raise self._unreadable(index, str(error)) from error
 
     def _unreadable(self, index: int, reason: str) -> Unreadable:
         return Unreadable(

@@ -59,6 +59,7 @@ class Task:
     model: Segmenter  # the network, without variables
     num_classes: int  # C
     total_steps: int  # optimizer steps of the whole run
+    class_weights: tuple[float, ...] = ()  # C of L_s, see `class_weights.py`; () = all alike
 
     def init_network(self, key: Array, *, projection: bool) -> Network:
         """Returns a freshly initialised network; `projection` says whether it has that head."""
@@ -110,6 +111,8 @@ class Task:
     def supervised_loss(self, logits: Array, aux: Array | None, labels: Array) -> Array:
         """Returns L_s (Eq. 2, decisions.md 21), the auxiliary head's weighted loss included.
 
+        Either head's loss is what the fields of `config.loss` and the class weights say.
+
         Args:
           logits: (B, h, w, C) float32 at any stride.
           aux: (B, h', w', C) float32, or None where the network has no auxiliary head.
@@ -118,12 +121,22 @@ class Task:
         config, size = self.config.loss, (labels.shape[1], labels.shape[2])
 
         def loss(scores: Array) -> Array:
-            scores = resize_aligned(scores, size)
+            scores, weights = resize_aligned(scores, size), self.class_weights
             if config.name == "ohem":
-                return losses.ohem_cross_entropy(
-                    scores, labels, threshold=config.ohem_threshold, min_kept=config.ohem_min_kept
+                found = losses.ohem_cross_entropy(
+                    scores,
+                    labels,
+                    threshold=config.ohem_threshold,
+                    min_kept=config.ohem_min_kept,
+                    class_weights=weights,
                 )
-            return losses.cross_entropy(scores, labels)
+            else:
+                found = losses.cross_entropy(
+                    scores, labels, class_weights=weights, focal_gamma=config.focal_gamma
+                )
+            if config.dice_weight:
+                found = found + config.dice_weight * losses.dice_loss(scores, labels)
+            return found
 
         return loss(logits) + (0.0 if aux is None else config.aux_weight * loss(aux))
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from csc_jax import data, evaluation, methods, models
+from csc_jax.class_weights import class_weights
 from csc_jax.config import checks as config_checks
 from csc_jax.data import transforms
 from csc_jax.errors import UserError
@@ -147,6 +148,7 @@ def build(
     class_names: tuple[str, ...],
     palette: np.ndarray,
     devices: Sequence[jax.Device] | None = None,
+    labeled_pixels: Sequence[int] = (),
 ) -> Experiment:
     """Assembles an experiment; touches the accelerator only to count its devices.
 
@@ -155,6 +157,8 @@ def build(
       class_names: of the data set.
       palette: (C, 3) uint8 RGB, for drawing.
       devices: to choose the mesh from; None = all that JAX sees.
+      labeled_pixels: of each class in the images that are trained on with labels, for
+        `loss.class_weights`; () where nothing is trained.
 
     Raises:
       UserError: a field that does not fit the data set, the devices or another field.
@@ -162,7 +166,8 @@ def build(
     num_classes = len(class_names)
     model = models.build(config.model, num_classes, aux_head=config.loss.aux_weight > 0)
     models.check_crop(config.model.backbone, model, config.data.crop_size)
-    task = methods.Task(config, model, num_classes, config.train.steps)
+    weights = class_weights(config.loss.class_weights, num_classes, labeled_pixels)
+    task = methods.Task(config, model, num_classes, config.train.steps, weights)
     method = methods.build(task)
     mesh = sharding.make_mesh(config.parallel.devices, config.parallel.fsdp, devices)
     sharding.check_batch_sizes(config, mesh)

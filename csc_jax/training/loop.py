@@ -13,8 +13,8 @@ import jax
 from ml_collections import ConfigDict
 
 import csc_jax
+from csc_jax import class_weights, data
 from csc_jax import config as config_lib
-from csc_jax import data
 from csc_jax.config import checks as config_checks
 from csc_jax.data import census
 from csc_jax.errors import Interrupted, UserError
@@ -28,6 +28,7 @@ from csc_jax.reporting.recorder import Recorder, open_recorder
 from csc_jax.reporting.report import after_training
 from csc_jax.reporting.writers import read_metrics
 from csc_jax.state import TrainState
+from csc_jax.text import name as printable
 from csc_jax.training import identity
 from csc_jax.training.background import in_background
 from csc_jax.training.checkpoint import Checkpointer, Restored
@@ -79,7 +80,11 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     )
     val = dataset.source(config.eval.split)
     images = identity.describe(dataset, partition, config.eval.split, steps_per_epoch)
-    experiment = build(config, dataset.class_names, dataset.palette)
+    pixels: tuple[int, ...] = ()
+    if config.loss.class_weights in class_weights.RULES:
+        train = dataset.sources["train"]
+        pixels = train.count_pixels(partition.labeled, dataset.num_classes)
+    experiment = build(config, dataset.class_names, dataset.palette, labeled_pixels=pixels)
     _look_at_labels(experiment, dataset, partition)
 
     with contextlib.ExitStack() as stack:
@@ -353,6 +358,10 @@ def _log_what_is_run(
         config.train.steps,
         workdir,
     )
+    if weights := experiment.method.task.class_weights:
+        of_class = zip(experiment.class_names, weights, strict=True)
+        shown = ", ".join(f"{printable(name)} {weight:.3g}" for name, weight in of_class)
+        log.info("weights of the classes in the supervised loss: %s", shown)
 
 
 def _check_resumed(stored: dict[str, Any], run: dict[str, Any], config: ConfigDict) -> None:
