@@ -16,17 +16,17 @@ def get_config() -> ConfigDict:
     c = default_config()
     c.data.name = "folder"
     c.data.labeled_fraction = "1/8"  # "1" = all labels; images without one are always unlabelled
-    c.data.crop_size = (320, 320)
+    c.data.crop_size = (0, 0)  # chosen from the data, as batch and steps are (docs/own_images.md)
 
-    c.batch.labeled = 4
-    c.batch.unlabeled = 4
+    c.batch.labeled = 0
+    c.batch.unlabeled = 0
     c.batch.eval = 1  # images may differ in size
 
     c.model.backbone = "resnet50"
     c.model.output_stride = 16
 
     c.method.name = "csc"
-    c.method.supervised_only_epochs = 1.0
+    c.method.supervised_only = 200  # an epoch of a small folder would be a few steps
     c.method.pseudo_label.mode = "adaptive"  # as on Pascal VOC (decisions.md 13)
     c.method.pseudo_label.threshold = 0.7
 
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c.optimizer.learning_rate = 0.001
     c.optimizer.head_multiplier = 10.0
 
-    c.train.epochs = 80.0
+    c.train.steps = 0
     c.train.log_every = 50
-    c.train.eval_every = 1000
+    c.train.eval_every = 500
     return c

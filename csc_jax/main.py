@@ -29,6 +29,7 @@ from ml_collections import ConfigDict, config_flags
 from csc_jax import command_help, commands, completion, output, paths, stored_config
 from csc_jax import config as config_lib
 from csc_jax.config import checks as config_checks
+from csc_jax.config import choose
 from csc_jax.config import files as config_files
 from csc_jax.errors import Diverged, Interrupted, UserError
 from csc_jax.text import printable
@@ -230,6 +231,9 @@ def dispatch(config: ConfigDict) -> None:
         )
         return
     workdir = _path(_WORKDIR)
+    if _MODE.value != "train" and choose.open_fields(config):  # as the run has them
+        stored = stored_config.get_config(str(workdir))
+        config = choose.fill(config, config_lib.flatten(stored))
     distributed.join(
         _COORDINATOR.value,
         _NUM_PROCESSES.value,

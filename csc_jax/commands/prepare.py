@@ -21,10 +21,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     from csc_jax import data
     from csc_jax.main import parse
+    from csc_jax.training.choice import fill_open
 
     config = parse(["csc-jax", *arguments])
     dataset = data.load(config.data)
     lists = data.partition(config.data, dataset, config.seed)
+    fill_open(config, dataset, lists, before=None)  # which says what a run would have
     for split, source in dataset.sources.items():
         labeled = len(source) - len(source.without_label)
         some = f", {labeled} with a label" if source.without_label else ""

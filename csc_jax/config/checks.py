@@ -41,8 +41,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.workers": (0, math.inf),
     "data.max_unreadable": (0, math.inf),
     "data.synthetic.weather": (0, 1),
-    "batch.labeled": (1, math.inf),
-    "batch.unlabeled": (1, math.inf),
+    "batch.labeled": (0, math.inf),
+    "batch.unlabeled": (0, math.inf),
     "train.accumulate": (1, math.inf),
     "optimizer.recipe_batch": (0, math.inf),
     "batch.eval": (1, math.inf),
@@ -131,6 +131,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.epochs": (0, math.inf),
     "train.log_every": (1, math.inf),
     "train.eval_every": (0, math.inf),
+    "train.patience": (0, math.inf),
     "train.panels": (0, math.inf),
     "train.consistency_lag": (1, math.inf),
     "train.max_rejected": (1, math.inf),
@@ -201,8 +202,12 @@ def validate(config: ConfigDict) -> None:
             f"eval.scales is {scales}; it takes one ratio above 0 or more, as in "
             "--config.eval.scales=0.75,1.0,1.25."
         )
-    if not config.train.steps and not config.train.epochs:
-        raise UserError("train.steps and train.epochs are both 0; one of them must be above 0.")
+    if config.train.patience and not config.train.eval_every:
+        raise UserError(
+            f"train.patience is {config.train.patience}, but train.eval_every is 0: the only "
+            "evaluation is at the end. Give the steps between evaluations, as in "
+            "--config.train.eval_every=500."
+        )
     _check_loss(config)
     if config.optimizer.scale_rate and not config.optimizer.recipe_batch:
         raise UserError(
@@ -244,6 +249,7 @@ _MAY_CHANGE = (
     *("data.root", "data.cache_dir", "data.threads", "data.prefetch", "data.max_unreadable"),
     *("batch.eval", "train.steps", "train.log_every", "train.eval_every", "train.panels"),
     *(
+        "train.patience",
         "model.remat",
         "train.max_rejected",
         "train.report",

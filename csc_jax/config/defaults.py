@@ -31,7 +31,8 @@ def default_config() -> ConfigDict:
         0,
     )  # (height, width) px every image is resized to first; (0, 0) = own size
     c.data.image_bits = 0  # bits that images of 16 bits use, 9..16; 0 = 16 (docs/data.md)
-    c.data.crop_size = (64, 64)  # (height, width) px of a training crop
+    # 0, here and in c.batch and c.train: chosen from the data (docs/own_images.md)
+    c.data.crop_size = (64, 64)  # (height, width) px of a training crop; (0, 0) = chosen
     c.data.scale_range = (0.5, 2.0)  # random resize, ratio to the image (decisions.md 22)
     c.data.flip = True  # random horizontal flip (decisions.md 22)
     c.data.mean = (123.675, 116.28, 103.53)  # per RGB channel, 0..255 (lineage); also the padding
@@ -61,8 +62,8 @@ def default_config() -> ConfigDict:
     c.data.synthetic.seed = 0  # of the scenes themselves; independent of the run's seed
 
     c.batch = ConfigDict()
-    c.batch.labeled = 4  # images a step, all devices together
-    c.batch.unlabeled = 4  # images a step, all devices together
+    c.batch.labeled = 4  # images a step, all devices together; 0 = chosen
+    c.batch.unlabeled = 4  # images a step, all devices together; 0 = chosen
     c.batch.eval = 8  # images a step in evaluation, all devices together; rounded up to divide
 
     c.model = ConfigDict()
@@ -243,10 +244,12 @@ def default_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 0  # optimizer steps; 0 = take train.epochs instead
-    c.train.epochs = 0.0  # passes over the unlabelled list where steps is 0 (decisions.md 20)
+    c.train.epochs = 0.0  # passes over the unlabelled list where steps is 0 (decisions.md 20);
+    # both 0 = the steps are chosen
     c.train.accumulate = 1  # parts of a batch, one after the other, to save memory (docs/faq.md)
     c.train.log_every = 10  # steps between progress lines and metric records
     c.train.eval_every = 100  # steps between evaluations; 0 = only at the end
+    c.train.patience = 0  # evaluations without a higher val mIoU that end a run; 0 = never
     c.train.panels = 4  # val images drawn into W/plots at each evaluation
     c.train.report = True  # write W/report.html at the end, after one more pass over eval.split
     c.train.consistency_lag = 50  # T of Eq. 7, steps between the two feature maps of Cons

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
 from csc_jax import data
+from csc_jax.config import choose
 from csc_jax.data import camvid, cityscapes, pascal_voc, synthetic
 from csc_jax.errors import UserError
 from csc_jax.planning.chips import HOP, Chip, Topology, topology
@@ -117,6 +118,13 @@ def plan(
     """
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out={out} is no file that could be written; its folder must be there.")
+    if left := choose.open_fields(config):
+        raise UserError(
+            f"The config leaves {', '.join(left)} to be chosen from the data, which a plan does "
+            "not read. Give the values, as in --config.data.crop_size=512,512 "
+            "--config.batch.labeled=8 --config.batch.unlabeled=8 --config.train.steps=40000, or "
+            "the --workdir of a run without --config."
+        )
     hardware = topology(topology_name)
     known = _data_set(config, classes, unlabeled)
     compiled = (_fit if fit else compile_for)(config, hardware, known)
@@ -139,7 +147,11 @@ def compile_for(config: ConfigDict, hardware: Topology, known: DataSet) -> Plan:
     config = config_lib.resolve(config, steps_per_epoch)
     names = tuple(map(str, range(known.classes)))
     built = experiment.build(
-        config, names, np.zeros((known.classes, 3), np.uint8), hardware.devices
+        config,
+        names,
+        np.zeros((known.classes, 3), np.uint8),
+        hardware.devices,
+        labeled_pixels=(1,) * known.classes,  # any weights cost the same
     )
     begin = time.perf_counter()
     state = built.abstract_state()

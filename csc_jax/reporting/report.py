@@ -32,6 +32,7 @@ from csc_jax.reporting import charts, compare, runs
 from csc_jax.reporting.runs import Run
 from csc_jax.reporting.writers import bank_was_ready
 from csc_jax.state import Network
+from csc_jax.training import early_stopping
 from csc_jax.training.checkpoint import Checkpointer
 from csc_jax.training.experiment import Experiment
 from csc_jax.training.interrupt import EvaluationStopped
@@ -313,7 +314,17 @@ def _warnings(run: Run) -> list[str]:
         lines += census.warnings(run.census, run.counted, str(run.config["data.name"]))
     if run.detail is not None and run.detail.step < run.step:
         lines.append(f"Measured at step {run.detail.step}; the run went on to {run.step}.")
-    if run.step < run.config["train.steps"]:
+    key = f"val/{run.config['eval.network']}_miou"
+    history = [(r["step"], r[key]) for r in run.records if key in r]
+    patience = run.config["train.patience"]
+    if run.step < run.config["train.steps"] and early_stopping.has_ended(history, patience):
+        step, miou = early_stopping.best(history)
+        lines.append(
+            f"Training ended early, at step {run.step} of {run.config['train.steps']}: in "
+            f"{patience} evaluations the val mIoU has not risen above the {_percent(miou, 2)} % of "
+            f"step {step} (train.patience)."
+        )
+    elif run.step < run.config["train.steps"]:
         lines.append(f"The run has come to step {run.step} of {run.config['train.steps']}.")
     if rejected := sum(r.get("train/rejected", 0) > 0 for r in run.records):
         lines.append(f"{rejected} records hold steps without a finite loss, which were left out.")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import operator
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ import csc_jax
 from csc_jax import class_weights, data
 from csc_jax import config as config_lib
 from csc_jax.config import checks as config_checks
+from csc_jax.config import choose
 from csc_jax.data import census
 from csc_jax.errors import Interrupted, UserError
 from csc_jax.evaluation import Scores
@@ -29,9 +31,10 @@ from csc_jax.reporting.report import after_training
 from csc_jax.reporting.writers import read_metrics
 from csc_jax.state import TrainState
 from csc_jax.text import name as printable
-from csc_jax.training import identity
+from csc_jax.training import early_stopping, identity
 from csc_jax.training.background import in_background
 from csc_jax.training.checkpoint import Checkpointer, Restored
+from csc_jax.training.choice import fill_open
 from csc_jax.training.experiment import Experiment, build, load_data
 from csc_jax.training.interrupt import EvaluationStopped, StopRequest
 from csc_jax.training.lock import lock
@@ -59,14 +62,19 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     if dataset is None:  # the first process has prepared it, unless it is on another host
         dataset = load_data(config)
     partition = data.partition(config.data, dataset, config.seed)
+    before = None
+    if choose.open_fields(config) or config.checkpoint.allow_new_unlabeled:
+        before = _run_before(workdir)
+    config = fill_open(config, dataset, partition, before and before["config"])
     if config.train.steps and config.train.epochs:
         log.info(
             "train.steps = %d counts, train.epochs = %g of the config does not",
             *(config.train.steps, config.train.epochs),
         )
     steps_per_epoch = data.steps_per_epoch(config, partition)
-    if config.checkpoint.allow_new_unlabeled:  # all lengths stay as the run began with them
-        steps_per_epoch = _steps_per_epoch_before(workdir) or steps_per_epoch
+    if config.checkpoint.allow_new_unlabeled and before is not None:
+        # All lengths stay as the run began with them.
+        steps_per_epoch = before.get("data", {}).get("steps_per_epoch") or steps_per_epoch
     if config.optimizer.scale_rate:
         log.info(
             "learning rate %g: %g of the recipe, for batches of %d labelled images, times %d / %d",
@@ -132,6 +140,7 @@ def _train(
         if restored is not None:
             recorder.resume(restored.loop["recorder"])
             evaluation_due = restored.loop["evaluation_due"]
+        history = _history(restored)
         save_now = evaluation_due
         for step in range(start, total + 1):
             if step > start:
@@ -150,8 +159,11 @@ def _train(
                         experiment, state, val, step, probe, recorder, workdir, stop
                     )
                     miou, evaluation_due = scores.miou, False
+                    history.append((step, -1.0 if math.isnan(miou) else miou))
                 except EvaluationStopped:
                     stopping = True
+            ended = early_stopping.has_ended(history, config.train.patience)
+            save_now = save_now or (ended and miou is not None)
             # What is restored is saved again only with the score that it lacked.
             is_new = step > start or not evaluation_due
             if is_new and (save_now or stopping):
@@ -160,6 +172,7 @@ def _train(
                     "recorder": recorder.state(),
                     "evaluation_due": evaluation_due,
                     "probe": probe.ids,
+                    "scores": history,
                 }
                 if step == start and restored is not None:  # saved before it had its score
                     checkpointer.delete(step)
@@ -170,6 +183,9 @@ def _train(
                     f"Stopped by {stop.name} after step {step} of {total}, with a checkpoint; the "
                     "same command continues from there."
                 )
+            if ended and step < total:
+                _log_early_end(step, history, config.train.patience)
+                break
     if scores is None:  # nothing was left to do
         scores = experiment.evaluate(getattr(state, config.eval.network), val)
     table = scores.table(experiment.class_names)
@@ -206,9 +222,26 @@ def _prepare(
         start = int(restored.state.step)
         iterator.set_state(restored.loop["iterator"])
     step_fn = compile_step(experiment.method, experiment.tx, experiment.mesh, abstract_state)
-    if start < config.train.steps and not config.debug.nans:  # which runs it by operations
+    over = start >= config.train.steps
+    over |= early_stopping.has_ended(_history(restored), config.train.patience)
+    if not over and not config.debug.nans:  # which runs it by operations
         step_fn = compile_ahead(step_fn, abstract_state, data.abstract_batch(config))
     return initial.result() if restored is None else restored.state, step_fn, restored
+
+
+def _history(restored: Restored | None) -> list[early_stopping.Score]:
+    """Returns the scores of all evaluations of a run so far."""
+    kept = [] if restored is None else restored.loop.get("scores", [])  # versions before have none
+    return [(step, miou) for step, miou in kept]
+
+
+def _log_early_end(step: int, history: list[early_stopping.Score], patience: int) -> None:
+    at, miou = early_stopping.best(history)
+    log.info(
+        "step %d: the val mIoU has not risen above the %.2f%% of step %d in %d evaluations, so "
+        "training ends here (train.patience); --checkpoint=best takes the best one that is kept",
+        *(step, 100 * miou, at, patience),
+    )
 
 
 def evaluate_and_draw(
@@ -291,15 +324,12 @@ def _write_what_is_run(
         ) from error
 
 
-def _steps_per_epoch_before(workdir: Path) -> int | None:
-    """Returns what the run in a work directory began with; None where none has begun."""
+def _run_before(workdir: Path) -> dict[str, Any] | None:
+    """Returns what the run in a work directory says of itself; None where none has begun."""
     if not (workdir / "checkpoints").is_dir():
         return None
     with Checkpointer(workdir, read_only=True) as checkpointer:
-        if checkpointer.latest_step() is None:
-            return None
-        steps = checkpointer.describe().get("data", {}).get("steps_per_epoch")
-        return None if steps is None else int(steps)
+        return None if checkpointer.latest_step() is None else checkpointer.describe()
 
 
 def _look_at_labels(
