@@ -80,7 +80,6 @@ def test_configs_survive_json():
         ("contrast.temperature", 0.0, r"contrast.temperature is 0\.0"),
         ("contrast.max_keys", -1, r"contrast\.max_keys is -1"),
         ("data.crop_size", (64,), "takes 2 numbers"),
-        ("train.steps", 0, "both 0; one of them must be above 0"),
         ("method.unimatch_view.cutmix_area", (0.4, 0.02), "lowest and the highest value"),
         ("method.unimatch_view.cutmix_ratio", (0.0, 1.0), r"within 0\.001 and 1000"),
         ("optimizer.warmup", 10_000, r"optimizer\.warmup is 10000"),

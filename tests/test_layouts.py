@@ -30,8 +30,9 @@ def shrunk(name: str, folder: Path) -> ConfigDict:
     c.data.root, c.data.cache_dir = str(folder / "root"), str(folder / "cache")
     c.data.labeled_fraction = "1/2"
     c.data.image_size = (0, 0)
-    c.data.crop_size = (24, 32)
-    c.batch.labeled = c.batch.unlabeled = 2
+    if name != "folder":  # which chooses both
+        c.data.crop_size = (24, 32)
+        c.batch.labeled = c.batch.unlabeled = 2
     c.model.backbone, c.model.stem = BACKBONE, "7x7"
     c.model.width, c.model.decoder_width = 4, 8
     c.model.output_stride, c.model.projection_dim = 16, 8

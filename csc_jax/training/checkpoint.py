@@ -276,6 +276,14 @@ class Checkpointer:
         arguments = ocp.args.Composite(run=ocp.args.JsonRestore())
         return self._manager.restore(step, args=arguments)["run"]
 
+    def describe_newest(self) -> dict[str, Any] | None:
+        """Returns what the newest checkpoint that can be read says of itself; None if none can."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            # As in `restore`, which then puts a damaged one aside.
+            with contextlib.suppress(Exception):
+                return self.describe(str(step))
+        return None
+
     def latest_step(self, which: str = "latest") -> int | None:
         """Returns the step of a checkpoint, `which` as in `restore`; None where there is none."""
         return self._step(which)

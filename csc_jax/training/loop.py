@@ -329,7 +329,7 @@ def _run_before(workdir: Path) -> dict[str, Any] | None:
     if not (workdir / "checkpoints").is_dir():
         return None
     with Checkpointer(workdir, read_only=True) as checkpointer:
-        return None if checkpointer.latest_step() is None else checkpointer.describe()
+        return checkpointer.describe_newest()
 
 
 def _look_at_labels(
