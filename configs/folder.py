@@ -15,7 +15,7 @@ from csc_jax.config import default_config
 def get_config() -> ConfigDict:
     c = default_config()
     c.data.name = "folder"
-    c.data.labeled_fraction = "1/8"  # "1" = all labels; images without one are always unlabelled
+    c.data.labeled_fraction = "1"  # every label there is; the other images are unlabelled
     c.data.crop_size = (0, 0)  # chosen from the data, as batch and steps are (docs/own_images.md)
 
     c.batch.labeled = 0
@@ -32,6 +32,8 @@ def get_config() -> ConfigDict:
 
     c.optimizer.name = "sgd"
     c.optimizer.learning_rate = 0.001
+    c.optimizer.scale_rate = True  # in proportion to the batch that is chosen
+    c.optimizer.recipe_batch = 4
     c.optimizer.head_multiplier = 10.0
 
     c.train.steps = 0

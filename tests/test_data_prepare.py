@@ -426,7 +426,10 @@ def test_the_command_prepares_and_says_what_it_found(tmp_path):
     assert "Preparing folder: checking 13 images" in done.stdout
     for line in ("train    11 images, 8 with a label", "val       2 images", "3 classes: ground,"):
         assert line in done.stdout
-    assert "1 labelled and 10 unlabelled" in done.stdout
+    assert "8 labelled and 3 unlabelled" in done.stdout
+    # SIZE is 24 x 32 px: what a run would have, and why.
+    assert "data.crop_size = 16,32, chosen: the median train image is 24x32 px" in done.stdout
+    assert "batch.labeled = 8, chosen: 8 labelled images" in done.stdout
     assert len(prepared(tmp_path)) == 1
     for path in (root / "labels/val").glob("*"):
         write_png(path, np.full(SIZE, 9, np.uint8))
