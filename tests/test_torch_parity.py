@@ -14,7 +14,7 @@ from benchmarks.torch_network import state_arrays  # noqa: E402
 from parity_torchvision import load_torchvision  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from csc_jax import models  # noqa: E402
+from csc_jax import losses, models  # noqa: E402
 from csc_jax.config import default_config  # noqa: E402
 from csc_jax.models.resnet import DEPTHS, ResNet  # noqa: E402
 from csc_jax.models.weights import convert_torch_state_dict  # noqa: E402
@@ -176,6 +176,21 @@ def test_one_sgd_step_matches_pytorch():
     moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), expected, variables)
     assert min(jax.tree.leaves(moved)) > 1e-4  # every array has changed by more than the tolerance
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+
+
+def test_weighted_cross_entropy_matches_pytorch():
+    rng = np.random.default_rng(0)
+    logits, weights = rng.normal(size=(2, 5, 6, 3)).astype(np.float32), (0.2, 1.0, 7.0)
+    labels = rng.choice([0, 1, 2, 255], (2, 5, 6))
+    theirs = torch.tensor(logits.transpose(0, 3, 1, 2), requires_grad=True)
+    loss = torch.nn.CrossEntropyLoss(torch.tensor(weights), ignore_index=255)
+    expected = loss(theirs, torch.tensor(labels))
+    expected.backward()
+    found, gradient = jax.value_and_grad(
+        lambda x: losses.cross_entropy(x, labels, class_weights=weights)
+    )(logits)
+    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, channels_last(theirs.grad), rtol=1e-4, atol=1e-7)
 
 
 def test_efficientnet_matches_an_independent_implementation():

@@ -90,8 +90,8 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     images = identity.describe(dataset, partition, config.eval.split, steps_per_epoch)
     pixels: tuple[int, ...] = ()
     if config.loss.class_weights in class_weights.RULES:
-        train = dataset.sources["train"]
-        pixels = train.count_pixels(partition.labeled, dataset.num_classes)
+        source = dataset.sources["train"]
+        pixels = source.count_pixels(partition.labeled, dataset.num_classes)
     experiment = build(config, dataset.class_names, dataset.palette, labeled_pixels=pixels)
     _look_at_labels(experiment, dataset, partition)
 
