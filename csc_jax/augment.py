@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def normalize_images(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """Maps RGB images (B, H, W, 3) on 0..255 to zero mean and unit deviation."""
+    """Maps images (B, H, W, K) in their units to zero mean and unit deviation."""
     pixels = images.astype(jnp.float32)
     return (pixels - jnp.asarray(mean)[None, None, None]) / jnp.asarray(std)[None, None, None]
 
@@ -54,14 +54,60 @@ def photometric(key: Array, images: Array, config: ConfigDict) -> Array:
     return images
 
 
+def photometric_bands(
+    key: Array, images: Array, config: ConfigDict, std: tuple[float, ...]
+) -> Array:
+    """Brightness, contrast and blur of images that keep their values, each band on its own.
+
+    Hue, saturation and grey-scale mean nothing where bands are not red, green and blue, so that
+    `color_jitter` stands for brightness and contrast alone and `grayscale` does nothing.
+
+    Args:
+      key: random key.
+      images: (B, H, W, K) in any units.
+      config: of the strong view; an operation with probability 0 is not traced at all.
+      std: deviation of each band.
+
+    Returns:
+      (B, H, W, K) float32 in the same units.
+    """
+    images = images.astype(jnp.float32)
+    operations = [
+        (config.color_jitter, lambda key, image: _jitter_bands(key, image, jnp.asarray(std))),
+        (config.blur, _random_blur),
+    ]
+    for i, (probability, operation) in enumerate(operations):
+        if probability > 0:
+            images = _chosen(jax.random.fold_in(key, i), images, probability, operation)
+    return images
+
+
+def _jitter_bands(key: Array, image: Array, std: Array) -> Array:
+    """Stretches each band of (H, W, K) around its mean and adds up to one deviation of it."""
+    factor_key, shift_key = jax.random.split(key)
+    bands = (image.shape[-1],)
+    factors = jax.random.uniform(factor_key, bands, minval=_FACTORS[0], maxval=_FACTORS[1])
+    shifts = jax.random.uniform(shift_key, bands, minval=-1.0, maxval=1.0) * std
+    mean = jnp.mean(image, axis=(0, 1), keepdims=True)
+    return (image - mean) * factors[None, None] + mean + shifts[None, None]
+
+
 def _sometimes(
+    key: Array, images: Array, probability: float, operation: Callable[[Array, Array], Array]
+) -> Array:
+    def within(key: Array, image: Array) -> Array:
+        return jnp.clip(operation(key, image / 255.0) * 255.0, 0.0, 255.0)
+
+    return _chosen(key, images, probability, within)
+
+
+def _chosen(
     key: Array, images: Array, probability: float, operation: Callable[[Array, Array], Array]
 ) -> Array:
     draw_key, operation_key = jax.random.split(key)
     chosen = jax.random.bernoulli(draw_key, probability, (images.shape[0],))
     keys = jax.random.split(operation_key, images.shape[0])
-    changed = jax.vmap(operation)(keys, images / 255.0) * 255.0
-    return jnp.where(chosen[:, None, None, None], jnp.clip(changed, 0.0, 255.0), images)
+    return jnp.where(chosen[:, None, None, None], jax.vmap(operation)(keys, images), images)
 
 
 def _random_jitter(key: Array, image: Array) -> Array:
@@ -149,7 +195,7 @@ def blur(image: Array, sigma: Array) -> Array:
     """Blurs one image with a Gaussian; beyond its border the image goes on as at the border.
 
     Args:
-      image: (H, W, 3) float32.
+      image: (H, W, K) float32.
       sigma: () standard deviation in px.
     """
     # As matrices: depthwise convolutions are very slow on a CPU.

@@ -1,6 +1,7 @@
 """Masks and overlays of a network that names the brightest channel; images of any size."""
 
 import dataclasses
+import functools
 import io
 import json
 
@@ -14,6 +15,7 @@ from tiny import tiny_config
 
 from csc_jax import config as config_lib
 from csc_jax import evaluation
+from csc_jax.data import codec
 from csc_jax.deploy import Result
 from csc_jax.errors import UserError
 from csc_jax.evaluation import polygons
@@ -269,7 +271,9 @@ def test_images_are_found_and_read_as_in_training(predict, folder, tmp_path, cap
     (folder / "film.gif").write_bytes(b"GIF89a")
     deep = np.uint16(16) * brightest[..., 1].astype(np.uint16)  # 12 bits, green alone
     cv2.imwrite(str(folder / "twelve.tif"), np.stack([deep * 0, deep, deep * 0], -1))
-    (index, other) = run(predict, folder, tmp_path / "out", bits=12)
+    (index, other) = run(
+        predict, folder, tmp_path / "out", read=functools.partial(codec.read_photo, bits=12)
+    )
     assert index == tmp_path / "out/deep/turned.png"
     np.testing.assert_array_equal(read(index)[0], np.rot90(classes, -1))
     np.testing.assert_array_equal(read(other)[0], np.ones_like(classes))

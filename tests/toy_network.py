@@ -22,6 +22,7 @@ class ToyNetwork(nn.Module):
     projection_dim: int = 4
     dropout: float = 0.0
 
+    bands = 3
     patch = 1
     encoded_width = 8
     encoded_scale = 4

@@ -9,11 +9,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from csc_jax import class_weights
-from csc_jax.config import changes, default_config, flatten, to_plain
+from csc_jax.config import bands, changes, default_config, flatten, to_plain
 from csc_jax.errors import UserError
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.labeled_fraction": ("1/2", "1/4", "1/8", "1/16", "1"),
+    "data.pixel_type": ("", "uint8", "uint16", "float32"),
     "data.image_bits": (0, 9, 10, 11, 12, 13, 14, 15, 16),
     "data.pascal_voc.pool": ("blender", "classic"),
     "data.ade20k.labels": ("auto", "official", "shifted"),
@@ -36,6 +37,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 # (lowest, highest) allowed value.
 _RANGES: dict[str, tuple[float, float]] = {
+    "data.bands": (1, bands.MOST),
     "data.threads": (0, math.inf),
     "data.prefetch": (0, math.inf),
     "data.workers": (0, math.inf),
@@ -148,8 +150,6 @@ _LENGTHS = {
     "data.image_size": 2,
     "data.crop_size": 2,
     "data.scale_range": 2,
-    "data.mean": 3,
-    "data.std": 3,
     "data.synthetic.size": 2,
     "method.pseudo_label.percentile": 2,
     "method.u2pl.percentile": 2,
@@ -196,6 +196,7 @@ def validate(config: ConfigDict) -> None:
                 f"{name} is {fields[name]}; it takes the lowest and the highest value of a range "
                 f"within {low:g} and {high:g}."
             )
+    bands.check(config.data)
     scales = tuple(config.eval.scales)
     if not scales or min(scales) <= 0:
         raise UserError(

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from csc_jax.errors import UserError
 
+RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, 0..255
+
 
 def default_config() -> ConfigDict:
     """Returns the full set of fields; values are those of a small run unless a source is named."""
@@ -31,12 +33,21 @@ def default_config() -> ConfigDict:
         0,
     )  # (height, width) px every image is resized to first; (0, 0) = own size
     c.data.image_bits = 0  # bits that images of 16 bits use, 9..16; 0 = 16 (docs/data.md)
+    # Channels of an image: 3 = RGB, 1 = grey, N = multispectral. Other than 3 for the data set
+    # folder alone, and images then keep the values of their files (`keeps_values`, docs/data.md).
+    c.data.bands = 3
+    # Of images that keep their values: uint8 | uint16 | float32; "" = found while preparing, or
+    # RGB images of 8 bits.
+    c.data.pixel_type = ""
     # 0, here and in c.batch and c.train: chosen from the data (docs/own_images.md)
     c.data.crop_size = (64, 64)  # (height, width) px of a training crop; (0, 0) = chosen
     c.data.scale_range = (0.5, 2.0)  # random resize, ratio to the image (decisions.md 22)
     c.data.flip = True  # random horizontal flip (decisions.md 22)
-    c.data.mean = (123.675, 116.28, 103.53)  # per RGB channel, 0..255 (lineage); also the padding
-    c.data.std = (58.395, 57.12, 57.375)  # per RGB channel, 0..255 (lineage)
+    # Per band, in the units of the images: 0..255 for RGB images of 8 bits (lineage); also the
+    # padding. () = measured on the train images while preparing, and so are these three numbers
+    # where data.bands is not 3.
+    c.data.mean = RGB_MEAN
+    c.data.std = RGB_STD  # likewise
     c.data.threads = 0  # that read and decode, in each process; 0 = one for each CPU, all together
     c.data.prefetch = 0  # batches, labelled and unlabelled together, made ahead; 0 = 2 a thread
     c.data.workers = 0  # worker processes of the host pipeline, fixed for a run; 0 = threads only

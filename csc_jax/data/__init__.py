@@ -6,10 +6,12 @@ labelled, `train_iterator` and `eval_batches` make batches of them.
 
 import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from csc_jax.config import bands
 from csc_jax.data import (
     ade20k,
     builder,
@@ -18,6 +20,7 @@ from csc_jax.data import (
     cityscapes,
     coco,
     folder,
+    moments,
     pascal_voc,
     synthetic,
 )
@@ -86,7 +89,10 @@ def load(config: ConfigDict) -> Dataset:
             f"data.image_size is {size}; give height and width in px, or (0, 0) for own size."
         )
     listing = find(config)
-    dataset = builder.prepare(config.name, listing, config.cache_dir, size)
+    kept = config.bands if bands.keeps_values(config) else 0
+    dataset = builder.prepare(config.name, listing, config.cache_dir, size, kept)
+    if dataset.pixels is not None:
+        _look_at_values(dataset.pixels, config)
     for line in listing.notes.lines() if listing.notes else ():
         log.warning("%s: %s", config.name, line)
     log.info("%s", census.table(dataset.census, dataset.class_names))
@@ -112,3 +118,32 @@ def find(config: ConfigDict) -> Listing:
             f"{', '.join(_FINDERS)}."
         )
     return _FINDERS[config.name](config)
+
+
+def _look_at_values(found: Mapping[str, Any], config: ConfigDict) -> None:
+    """Says what images that keep their values hold.
+
+    Raises:
+      UserError: they are not of `data.pixel_type`, or a band that is to be normalised by what was
+        measured holds one value alone.
+    """
+    numbers = ", ".join(
+        f"{mean:.6g} ± {std:.6g}" for mean, std in zip(found["mean"], found["std"], strict=True)
+    )
+    log.info(
+        "Images keep their values, %s of %d band%s; mean and deviation over the train images: %s",
+        *(found["pixel_type"], config.bands, "s" * (config.bands > 1), numbers),
+    )
+    if config.pixel_type and config.pixel_type != found["pixel_type"]:
+        raise UserError(
+            f"data.pixel_type is {config.pixel_type!r}, but the images of data.root are of "
+            f"{found['pixel_type']}. Values of another type are on another scale; give images of "
+            "that type."
+        )
+    constant = moments.constant(found["std"])
+    if constant and bands.to_be_measured(config):
+        raise UserError(
+            f"Band {constant[0]} of the {config.bands} holds one value in all train images, so it "
+            "tells nothing and has no deviation to divide by. Leave it out of the images, or give "
+            "data.mean and data.std."
+        )

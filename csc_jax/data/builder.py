@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from csc_jax import paths
-from csc_jax.data import census, codec, transforms
+from csc_jax.data import census, codec, moments, transforms
 from csc_jax.data.checked import Checked, Encoded
 from csc_jax.data.example import BadExample, Example, Listing
 from csc_jax.data.source import Dataset, Source
@@ -29,7 +29,9 @@ _NAMED = 10  # bad files spelt out in an error
 _CHUNK = 64  # images in memory at a time while preparing
 
 
-def prepare(name: str, listing: Listing, cache_dir: str, image_size: tuple[int, int]) -> Dataset:
+def prepare(
+    name: str, listing: Listing, cache_dir: str, image_size: tuple[int, int], bands: int = 0
+) -> Dataset:
     """Returns the data set from the cache, after storing it there if it is new or has changed.
 
     Args:
@@ -40,10 +42,11 @@ def prepare(name: str, listing: Listing, cache_dir: str, image_size: tuple[int, 
         stopped, and one that another process is at is waited for.
       image_size: (height, width) px that images and labels are stored at, or (0, 0) for their own
         size. Resizing here and not while training spares decoding large files over and over.
+      bands: of images that keep their values, which are then measured; 0 for RGB of 8 bits.
 
     Raises:
       UserError: naming the first bad images and the number of all, or for a full or unwritable
-        `cache_dir`, or labels that hold no class at all.
+        `cache_dir`, labels that hold no class at all, or images whose values are of several types.
     """
     root = paths.cache_folder("data.cache_dir", cache_dir)
     splits = listing.splits
@@ -54,7 +57,7 @@ def prepare(name: str, listing: Listing, cache_dir: str, image_size: tuple[int, 
     folder = root / f"{name}-{_fingerprint(keys)}"
     checked = Checked(root / f"{name}.checked")
     try:
-        builder = Segmentation(splits, keys, image_size, checked, data_dir=os.fspath(folder))
+        builder = Segmentation(splits, keys, image_size, bands, checked, data_dir=os.fspath(folder))
         if not builder.data_path.exists():
             root.mkdir(parents=True, exist_ok=True)
             with _alone(root / f"{name}.lock", name):
@@ -87,7 +90,8 @@ def prepare(name: str, listing: Listing, cache_dir: str, image_size: tuple[int, 
         for split, kept in metadata["census"].items()
     }
     census.check(counted, name)
-    return Dataset(name, listing.class_names, listing.palette, sources, counted)
+    found = metadata["pixels"] if bands else None
+    return Dataset(name, listing.class_names, listing.palette, sources, counted, found)
 
 
 class Segmentation(tfds.core.GeneratorBasedBuilder):
@@ -100,6 +104,7 @@ class Segmentation(tfds.core.GeneratorBasedBuilder):
         splits: Mapping[str, Sequence[Example]],
         keys: Mapping[str, Sequence[str]],
         image_size: tuple[int, int],
+        bands: int,
         checked: Checked,
         **kwargs: Any,
     ):
@@ -109,6 +114,8 @@ class Segmentation(tfds.core.GeneratorBasedBuilder):
         self.problems: list[str] = []
         self.on_image: Callable[[], Any] = lambda: None  # called after each image
         self._image_size = image_size
+        self._bands = bands
+        self._types: dict[str, str] = {}  # type of an image -> the first such image
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -123,7 +130,7 @@ class Segmentation(tfds.core.GeneratorBasedBuilder):
             ),
             # The order of the records is that of the ids; Grain shuffles while training.
             disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(max_size={}, images={}, census={}),
+            metadata=tfds.core.MetadataDict(max_size={}, images={}, census={}, pixels={}),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -133,6 +140,7 @@ class Segmentation(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         items, max_size = list(zip(self.splits[split], self.keys[split], strict=True)), (0, 0)
         images, tally = list[tuple[str, str]](), census.Tally()
+        total = moments.nothing(self._bands)
         with ThreadPoolExecutor(codec.cpu_count()) as pool:
             for start in range(0, len(items), _CHUNK):
                 chunk = items[start : start + _CHUNK]
@@ -143,11 +151,26 @@ class Segmentation(tfds.core.GeneratorBasedBuilder):
                         images.append((facts.digest, f"{facts.classes:x}"))
                         if chunk[offset][0].has_label:
                             tally.add(facts)
+                        if encoded.moments is not None:
+                            total = total.joined(encoded.moments)
+                            self._types.setdefault(encoded.pixel_type, record["id"])
                     self.on_image()
                     yield start + offset, record
         self.info.metadata["max_size"][split] = max_size
         self.info.metadata["images"][split] = images
         self.info.metadata["census"][split] = tally.as_json()
+        if split == "train" and self._bands and total.pixels:
+            self.info.metadata["pixels"] |= {
+                "mean": total.mean.tolist(),
+                "std": total.deviation.tolist(),
+            }
+        if self._bands and len(self._types) == 1:
+            (self.info.metadata["pixels"]["pixel_type"],) = self._types
+        if len(self._types) > 1 and not self.problems:
+            raise UserError(
+                f"data.root holds images of {_types(self._types)}. Their values are on different "
+                "scales: save all of them in one type."
+            )
         # Only after the last split, so that one error names the bad files of all. Raised in here it
         # makes TFDS drop the folder, which has a temporary name until all splits are done.
         if self.problems and split == list(self.splits)[-1]:
@@ -175,10 +198,12 @@ class Segmentation(tfds.core.GeneratorBasedBuilder):
             image, label = transforms.resize(image, label, self._image_size)
             original = None
         return Encoded(
-            image=None if original else codec.encode_png(image),
+            image=None if original else codec.encode_image(image),
             label=codec.encode_png(label),
             size=(label.shape[0], label.shape[1]),
             facts=census.facts(content, label, values[0] if values else None),
+            pixel_type=image.dtype.name,
+            moments=moments.of_image(image) if self._bands else None,
         )
 
 
@@ -247,6 +272,10 @@ def _describe(problems: Sequence[str], bad_files: Path) -> str:
         f"{'; '.join(problems[:_NAMED])}{rest}. Repair or remove them (an image and its label go "
         "together), then run again."
     )
+
+
+def _types(types: Mapping[str, str]) -> str:
+    return " and of ".join(f"{name} (the first is {first})" for name, first in types.items())
 
 
 def _key(example: Example, image_size: tuple[int, int]) -> str:

@@ -3,11 +3,12 @@
 import shutil
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from csc_jax.data.census import Facts
+from csc_jax.data.moments import Moments
 
 
 class Encoded(NamedTuple):
@@ -18,12 +19,16 @@ class Encoded(NamedTuple):
       label: PNG of class ids.
       size: (height, width) px.
       facts: of both.
+      pixel_type: of the image, as NumPy names it.
+      moments: of its values, for an image that keeps them; None = RGB of 8 bits.
     """
 
     image: bytes | None
     label: bytes
     size: tuple[int, int]
     facts: Facts
+    pixel_type: str = "uint8"
+    moments: Moments | None = None
 
 
 class Checked:
@@ -48,14 +53,23 @@ class Checked:
                 height, width = stored["size"].tolist()
                 values = dict(stored["values"].tolist())
                 facts = Facts(str(stored["digest"]), tuple(stored["ids"].tolist()), values)
+                pixel_type, moments = "uint8", None
+                if "mean" in stored:
+                    pixel_type = str(stored["pixel_type"])
+                    moments = Moments(height * width, stored["mean"], stored["squares"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
-        return Encoded(image or None, label, (height, width), facts)
+        return Encoded(image or None, label, (height, width), facts, pixel_type, moments)
 
     def save(self, key: str, encoded: Encoded) -> None:
         """Saves all or nothing; OSError if that is not possible."""
         self._folder.mkdir(parents=True, exist_ok=True)
         unfinished = self._path(key).with_suffix(".unfinished")
+        measured: dict[str, Any] = {}
+        if encoded.moments is not None:
+            mean, squares = encoded.moments.mean, encoded.moments.squares
+            pixel_type = np.array(encoded.pixel_type)
+            measured = {"pixel_type": pixel_type, "mean": mean, "squares": squares}
         try:
             with unfinished.open("wb") as file:
                 np.savez(
@@ -66,6 +80,7 @@ class Checked:
                     digest=np.array(encoded.facts.digest),
                     ids=np.array(encoded.facts.ids),
                     values=np.array(list(encoded.facts.values.items()), np.int64).reshape(-1, 2),
+                    **measured,
                 )
             unfinished.replace(self._path(key))
         except BaseException:

@@ -4,12 +4,16 @@ What the user's files may be is decided here, by their content and never by thei
 table of docs/data.md. No decoder is tried on anything else.
 """
 
+import functools
 import io
+import math
 import os
 import struct
 import warnings
+import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -48,7 +52,7 @@ class Photo(NamedTuple):
     """An image of the user's.
 
     Attributes:
-      pixels: (H, W, 3) uint8 RGB, upright.
+      pixels: (H, W, 3) uint8 RGB, or (H, W, K) of its own values (`bands.decode`), upright.
       as_stored: whether `decode_image` makes the same of the file's own bytes.
       turned: whether an EXIF orientation was applied.
     """
@@ -81,13 +85,54 @@ def cpu_count() -> int:
 # ---- Stored images -------------------------------------------------------------------------------
 
 
-def decode_image(data: bytes) -> np.ndarray | None:
-    """Returns a stored image as (H, W, 3) uint8 RGB, or None if it is corrupt or truncated.
+_RAW = struct.Struct("<8sBIII")  # its magic, bytes of a value, height, width, bands
+_MAGIC = b"CSCBANDS"
+_MOST_RAW = 1 << 30  # bytes
+_RAW_TYPES: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<f4")}
 
-    It is taken as it lies in memory: no orientation, and of 16 bits the upper 8. `decode_photo`
-    reads the user's files.
+
+def encode_image(pixels: np.ndarray) -> bytes:
+    """Encodes (H, W, K) uint8, uint16 or float32 without loss: PNG for RGB of 8 bits.
+
+    Others are compressed by zlib, the first bytes of all values before the second ones, which
+    halves what 12 bits of 16 take.
     """
+    if pixels.dtype == np.uint8 and pixels.shape[-1] == 3:
+        return encode_png(pixels)
+    size = pixels.dtype.itemsize
+    values = np.ascontiguousarray(pixels, _RAW_TYPES[size])
+    planes = values.reshape(-1, 1).view(np.uint8).T.tobytes()
+    return _RAW.pack(_MAGIC, size, *pixels.shape) + zlib.compress(planes, 1)
+
+
+def decode_image(data: bytes) -> np.ndarray | None:
+    """Returns a stored image, or None if it is corrupt or truncated.
+
+    (H, W, K) as `encode_image` was given it; or of the user's own encoding (H, W, 3) uint8 RGB, as
+    it lies in memory: no orientation, and of 16 bits the upper 8. `decode_photo` reads the user's
+    files.
+    """
+    if data.startswith(_MAGIC):
+        return _decode_raw(data)
     return _decode(data, _RGB)
+
+
+def _decode_raw(data: bytes) -> np.ndarray | None:
+    try:
+        _, size, height, width, bands = _RAW.unpack_from(data)
+        shape = int(height), int(width), int(bands)
+        dtype = _RAW_TYPES[size]
+        length = size * math.prod(shape)
+        if not 0 < length <= _MOST_RAW:
+            return None
+        planes = zlib.decompressobj().decompress(memoryview(data)[_RAW.size :], length)
+    except (struct.error, KeyError, zlib.error, OverflowError):
+        return None
+    if len(planes) != length:
+        return None
+    values = np.frombuffer(planes, np.uint8).reshape(size, -1).T
+    native = dtype.newbyteorder("=")
+    return np.ascontiguousarray(values).view(dtype).reshape(shape).astype(native, copy=False)
 
 
 def decode_label(data: bytes) -> np.ndarray | None:
@@ -116,8 +161,13 @@ def read_photo(path: Path, bits: int = 0) -> Photo:
     Args:
       bits: `data.image_bits`.
     """
+    return read_with(path, functools.partial(decode_photo, bits=bits))
+
+
+def read_with(path: Path, decode: Callable[[bytes], Photo]) -> Photo:
+    """Reads one image file by one of the decoders; UserError if that is not possible."""
     try:
-        return decode_photo(path.read_bytes(), bits)
+        return decode(path.read_bytes())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read: {reason}.") from error
@@ -139,22 +189,22 @@ def decode_photo(data: bytes, bits: int = 0) -> Photo:
       Unusable: no format of the list, corrupt, more than one page or `MAX_PIXELS`, brighter than
         `bits` has room for, or of floating-point values.
     """
-    kind, depth, orientation = _check(data)
+    kind, depth, orientation = check_header(data)
     if kind in ("BMP", "TIFF") and depth == 8:
-        pixels = _load(data, kind, "RGB")
+        pixels = load(data, kind, "RGB")
     elif depth == 8:
         decoded = _decode(data, _RGB)
         if decoded is None:
-            raise Unusable(_CORRUPT)
+            raise Unusable(CORRUPT)
         pixels = decoded
     else:
         deep = _decode(data, _AS_IS)
         if deep is None or deep.dtype != np.uint16:
-            raise Unusable(_CORRUPT if deep is None else "has values that are no 8 or 16 bits")
+            raise Unusable(CORRUPT if deep is None else "has values that are no 8 or 16 bits")
         pixels = _scaled(deep, bits)
     # OpenCV turns a TIFF by itself, Pillow as well.
     if orientation != 1 and kind != "TIFF":
-        pixels = _turn(pixels, orientation)
+        pixels = turn(pixels, orientation)
     kept = kind in ("JPEG", "PNG", "WEBP") and depth == 8 and orientation == 1
     return Photo(pixels, as_stored=kept, turned=orientation != 1)
 
@@ -181,8 +231,26 @@ def _scaled(deep: np.ndarray, bits: int) -> np.ndarray:
     return table.astype(np.uint8)[deep]
 
 
-def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns what an EXIF orientation, 2 to 8, describes upright."""
+def channels(data: bytes, kind: str) -> np.ndarray:
+    """Decodes an image of the user's as it is: (H, W) grey, or (H, W, 3 or 4) RGB and alpha.
+
+    Args:
+      data: content of a file other than a TIFF.
+      kind: of `kind_of`.
+
+    Raises:
+      Unusable: it is corrupt.
+    """
+    if kind == "BMP":
+        return load(data, kind, "RGB")
+    pixels = _decode(data, _AS_IS)
+    if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
+        raise Unusable(CORRUPT)
+    return pixels if pixels.ndim == 2 else pixels[..., [2, 1, 0, 3][: pixels.shape[-1]]]
+
+
+def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns what an EXIF orientation, 1 to 8, describes upright."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -207,7 +275,7 @@ def decode_mask(data: bytes, suffix: str) -> Mask:
     """
     if suffix.lower() == ".mat":
         return Mask(_sbd(data))
-    kind, depth, orientation = _check(data)
+    kind, depth, orientation = check_header(data)
     if kind in ("JPEG", "WEBP"):
         raise Unusable(
             f"is a {_NAMES[kind]}, which need not keep the values that it is given; save labels as "
@@ -264,7 +332,7 @@ def _deep_colors(data: bytes, kind: str) -> np.ndarray:
     """Returns values of 16 bits that have an alpha, or colours; Pillow has their upper 8 bits."""
     deep = _decode(data, _AS_IS)
     if deep is None or deep.dtype != np.uint16 or deep.ndim != 3 or deep.shape[-1] < 3:
-        raise Unusable(_CORRUPT)
+        raise Unusable(CORRUPT)
     if kind == "PNG" and data[25] == _PNG_GREY_ALPHA:
         return deep[..., 0]
     if (deep % 257).any():  # 8 bits as others write them with 16
@@ -278,20 +346,20 @@ def _sbd(data: bytes) -> np.ndarray:
 
         values = scipy_io.loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0]
     except Exception as error:  # on a damaged file it raises nearly anything
-        raise Unusable(_CORRUPT) from error
+        raise Unusable(CORRUPT) from error
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biu" or values.ndim != 2:
-        raise Unusable(_CORRUPT)
+        raise Unusable(CORRUPT)
     return values
 
 
 # ---- Both ----------------------------------------------------------------------------------------
 
-_CORRUPT = "is corrupt or truncated"
+CORRUPT = "is corrupt or truncated"
 _NAMES = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "BMP": "BMP", "TIFF": "TIFF"}
 _LFS = b"version https://git-lfs"
 
 
-def _kind(data: bytes) -> str:
+def kind_of(data: bytes) -> str:
     """Returns Pillow's name of the format; Unusable if it is none of the list."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
@@ -304,40 +372,41 @@ def _kind(data: bytes) -> str:
     if data.startswith(b"BM"):
         return "BMP"
     if not data:
-        raise Unusable(f"{_CORRUPT} (it is empty)")
+        raise Unusable(f"{CORRUPT} (it is empty)")
     if data.startswith(_LFS):
         raise Unusable("is a pointer of Git LFS, not the file itself; run git lfs pull")
-    raise Unusable(f"{_CORRUPT}, or none of {', '.join(_NAMES.values())}")
+    raise Unusable(f"{CORRUPT}, or none of {', '.join(_NAMES.values())}")
 
 
-def _check(data: bytes) -> tuple[str, int, int]:
+def check_header(data: bytes) -> tuple[str, int, int]:
     """Looks at the header: returns Pillow's name of the format, 8 or 16 bits, and orientation."""
-    kind = _kind(data)
+    kind = kind_of(data)
     exif: bytes | None = None
     try:
         if kind == "PNG":
             width, height, depth = struct.unpack(">IIB", data[16:25])
             pages, exif = _chunks(data)
-            _check_size(width, height, pages)
+            check_size(width, height, pages)
         else:
             with _opened(data, kind) as image:
-                _check_size(*image.size, _pages(image, kind))
+                check_size(*image.size, _pages(image, kind))
                 depth = 8
                 if kind == "TIFF":
                     tags = image.tag_v2  # type: ignore[attr-defined]
                     depth = max(tags.get(_BITS, (1,)))
                     if image.mode in ("F", "I"):
                         depth = 32  # neither is an image; one can be a label
-                    return kind, 16 if depth > 8 else 8, _orientation(tags.get(_ORIENTATION))
+                    return kind, 16 if depth > 8 else 8, orientation_of(tags.get(_ORIENTATION))
                 exif = image.info.get("exif")
     except Unusable:
         raise
     except Exception as error:  # on a damaged file Pillow raises nearly anything
-        raise Unusable(_CORRUPT) from error
+        raise Unusable(CORRUPT) from error
     return kind, 16 if depth > 8 else 8, _exif_orientation(exif)
 
 
-def _check_size(width: int, height: int, pages: int) -> None:
+def check_size(width: int, height: int, pages: int) -> None:
+    """Raises Unusable for more than `MAX_PIXELS` or one page."""
     if width * height > MAX_PIXELS:
         raise Unusable(
             f"says that it is {height}x{width} px (height x width), more than the {MAX_PIXELS} px "
@@ -382,12 +451,13 @@ def _exif_orientation(exif: bytes | None) -> int:
     tags = Image.Exif()
     try:
         tags.load(exif)
-        return _orientation(tags.get(_ORIENTATION))
+        return orientation_of(tags.get(_ORIENTATION))
     except Exception:  # as above; a damaged tag says nothing
         return 1
 
 
-def _orientation(value: object) -> int:
+def orientation_of(value: object) -> int:
+    """Returns what an EXIF tag says, 1 to 8; 1, upright, for what means nothing."""
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
@@ -402,29 +472,30 @@ def _opened(data: bytes, kind: str) -> Image.Image:
         ) from error
     except Exception as error:
         other = ", or a TIFF of more than 4 channels or 16 bits" if kind == "TIFF" else ""
-        raise Unusable(_CORRUPT + other) from error
+        raise Unusable(CORRUPT + other) from error
 
 
-def _load(data: bytes, kind: str, mode: str) -> np.ndarray:
+def load(data: bytes, kind: str, mode: str) -> np.ndarray:
+    """Decodes an image in one of Pillow's modes; Unusable where that is not possible."""
     with _opened(data, kind) as image:
         if image.mode in _MODES and image.mode != "CMYK":
             raise Unusable(f"holds {_MODES[image.mode]}; save it with 8 or 16 bits a channel")
         try:
             return np.asarray(image.convert(mode))
         except Exception as error:
-            raise Unusable(_CORRUPT) from error
+            raise Unusable(CORRUPT) from error
 
 
 def _array(image: Image.Image) -> np.ndarray:
     try:
         return np.asarray(image)
     except Exception as error:
-        raise Unusable(_CORRUPT) from error
+        raise Unusable(CORRUPT) from error
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray | None:
     try:
-        _kind(data)  # no decoder is tried on anything else
+        kind_of(data)  # no decoder is tried on anything else
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except (Unusable, cv2.error):
         return None

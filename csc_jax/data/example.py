@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from csc_jax.data import codec, files
+from csc_jax.data import codec, files, raster
 from csc_jax.data.transforms import IGNORE
 from csc_jax.errors import UserError
 
@@ -47,7 +47,9 @@ class Example(Protocol):
         ...
 
     def read(self, on_values: OnValues = nothing) -> tuple[np.ndarray, np.ndarray, bytes | None]:
-        """Returns image (H, W, 3) uint8 RGB, label (H, W) uint8, and what `original` returns.
+        """Returns image (H, W, K), label (H, W) uint8, and what `original` returns.
+
+        The image is uint8 RGB, or bands of other values where `data` asks for them.
 
         The label is 255 throughout where there is none. `on_values` is called where there is a
         label file, unless that holds colours. The last one is None for an image that is to be
@@ -137,6 +139,7 @@ class Pair:
       label: None for an image that is only ever an unlabelled one.
       label_ids: what the label's values mean.
       bits: `data.image_bits`.
+      bands: K of an image that keeps its values (`raster.decode`); 0 for RGB of 8 bits.
     """
 
     INVALID = 254
@@ -147,6 +150,7 @@ class Pair:
     label_ids: LabelIds
     bits: int = 0
     notes: Notes = dataclasses.field(default_factory=Notes)
+    bands: int = 0
 
     @property
     def has_label(self) -> bool:
@@ -154,7 +158,8 @@ class Pair:
 
     def fingerprint(self) -> str:
         label = "none" if self.label is None else files.stamp(self.label)
-        return f"{files.stamp(self.image)} {self.bits}\n{label}\n{self.label_ids.fingerprint}"
+        image = f"{self.bits}" + (f" {self.bands} bands" if self.bands else "")
+        return f"{files.stamp(self.image)} {image}\n{label}\n{self.label_ids.fingerprint}"
 
     def original(self) -> bytes:
         return _read(self.image)
@@ -163,7 +168,10 @@ class Pair:
         stored = None if self.label is None else self._stored_label()
         encoded = self.original()
         try:
-            photo = codec.decode_photo(encoded, self.bits)
+            if self.bands:
+                photo = raster.decode(encoded, self.bands)
+            else:
+                photo = codec.decode_photo(encoded, self.bits)
         except codec.Unusable as error:
             raise BadExample(f"{self.image} {error}") from error
         if photo.turned:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from ml_collections import ConfigDict
 
 from csc_jax import paths
+from csc_jax.config import bands
 from csc_jax.data import files
 from csc_jax.data.class_list import ClassList, read_classes
 from csc_jax.data.example import BadExample, LabelIds, Listing, Notes, Pair, check_splits, label_ids
@@ -72,8 +73,9 @@ def find(config: ConfigDict) -> Listing:
         )
     meaning = _meaning(config.folder.label_values, classes, path)
     notes = Notes()
+    kept = config.bands if bands.keeps_values(config) else 0
     pairs = [
-        Pair(name, file, label_of.get(name), meaning, config.image_bits, notes)
+        Pair(name, file, label_of.get(name), meaning, config.image_bits, notes, kept)
         for name, file in _by_stem(images.found).items()
     ]
     splits = _by_folder(pairs, by_folder) if by_folder else _drawn(pairs)

@@ -14,6 +14,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from csc_jax.config import bands
 from csc_jax.data import codec, transforms
 from csc_jax.data.partition import Partition
 from csc_jax.data.source import Dataset, Source, Unreadable
@@ -34,13 +35,13 @@ class WeakAugmentation(grain.transforms.RandomMap):
     """Random resize, crop and flip (decisions.md 22).
 
     Attributes:
-      fill: RGB, 0..255, around an image smaller than the crop.
+      fill: a value a band, around an image smaller than the crop.
     """
 
     crop_size: tuple[int, int]
     scale_range: tuple[float, float]
     flip: bool
-    fill: tuple[int, int, int]
+    fill: tuple[float, ...]
 
     def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         maps: tuple[np.ndarray, ...] = transforms.random_resized_crop(
@@ -120,13 +121,14 @@ def train_iterator(
 ) -> TrainIterator:
     """Returns the endless train stream of one JAX process.
 
-    Each element is {"labeled": {...}, "unlabeled": {...}}, each half with image (B, h, w, 3)
-    uint8 RGB, label (B, h, w) uint8, 255 = ignore, and inside (B, h, w) bool, False on padding.
-    The unlabelled half carries its labels for the metric of pseudo-label accuracy alone. Both
-    lists repeat without end, each reshuffled at every pass; an image's place and its augmentation
-    depend on (seed, pass, place in the pass) only, not on timing, threads, processes or what was
-    read before, so `get_state` is one number (one for each of `data.workers`). In the place of an
-    image that can no longer be read comes the next one of its list that can.
+    Each element is {"labeled": {...}, "unlabeled": {...}}, each half with image (B, h, w, K),
+    uint8 RGB or bands of `data.pixel_type`, label (B, h, w) uint8, 255 = ignore, and inside
+    (B, h, w) bool, False on padding. The unlabelled half carries its labels for the metric of
+    pseudo-label accuracy alone. Both lists repeat without end, each reshuffled at every pass; an
+    image's place and its augmentation depend on (seed, pass, place in the pass) only, not on
+    timing, threads, processes or what was read before, so `get_state` is one number (one for each
+    of `data.workers`). In the place of an image that can no longer be read comes the next one of
+    its list that can.
 
     Of `process_count` processes each reads its own share: rows number `process_index` * B on of the
     whole batch, B being the size in `config.batch` by the number of processes.
@@ -160,7 +162,11 @@ def train_iterator(
 def abstract_batch(config: ConfigDict) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Returns the shapes of a batch of `train_iterator`, of all processes together."""
     size = tuple(config.data.crop_size)
-    maps = {"image": ((*size, 3), np.uint8), "label": (size, np.uint8), "inside": (size, np.bool_)}
+    maps = {
+        "image": ((*size, config.data.bands), np.dtype(bands.dtype(config.data))),
+        "label": (size, np.dtype(np.uint8)),
+        "inside": (size, np.dtype(np.bool_)),
+    }
     return {
         half: {
             name: jax.ShapeDtypeStruct((config.batch[half], *shape), dtype)
@@ -178,12 +184,12 @@ def weak_augmentation(config: ConfigDict) -> WeakAugmentation:
             f"data.scale_range is ({low}, {high}); it must hold a ratio in (0, 1] and one of at "
             "least 1, and (1, 1) switches the random resize off."
         )
-    red, green, blue = (round(value) for value in config.mean)
+    whole = bands.dtype(config) != "float32"
     return WeakAugmentation(
         crop_size=tuple(config.crop_size),
         scale_range=(low, high),
         flip=config.flip,
-        fill=(red, green, blue),
+        fill=tuple(round(value) if whole else value for value in config.mean),
     )
 
 
@@ -218,9 +224,9 @@ def check_crop(config: ConfigDict, dataset: Dataset) -> None:
 def eval_batches(source: Source, batch_size: int) -> Iterator[dict[str, Any]]:
     """Yields the whole split once, in order.
 
-    Each batch is {"image": (B, H, W, 3) uint8 RGB, "label": (B, H, W) uint8, "valid": (B,) bool,
-    "ids": list of B str}. Images keep their stored size and a batch holds one size only. Where a
-    batch runs short its last image fills it up, with valid False and label 255 throughout.
+    Each batch is {"image": (B, H, W, K) as in `Source`, "label": (B, H, W) uint8, "valid": (B,)
+    bool, "ids": list of B str}. Images keep their stored size and a batch holds one size only.
+    Where a batch runs short its last image fills it up, with valid False and label 255 throughout.
     """
     pending: list[dict[str, Any]] = []
     for index in range(len(source)):

@@ -48,7 +48,9 @@ class Source:
         return indices.round().astype(int).tolist()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns {"id": str, "image": (H, W, 3) uint8 RGB, "label": (H, W) uint8}.
+        """Returns {"id": str, "image": (H, W, K), "label": (H, W) uint8}.
+
+        The image is uint8 RGB, or bands that keep their values: uint8, uint16 or float32.
 
         Raises:
           Unreadable: the record cannot be read any more; it has a checksum.
@@ -104,6 +106,8 @@ class Dataset:
       palette: (C, 3) uint8 RGB, for drawing.
       sources: by split, "train" and "val" at least.
       census: of the labels, by split.
+      pixels: of images that keep their values: {"mean", "std"} of each band of the train images,
+        and their {"pixel_type"}; None for RGB images of 8 bits.
     """
 
     name: str
@@ -111,6 +115,7 @@ class Dataset:
     palette: np.ndarray
     sources: Mapping[str, Source]
     census: Mapping[str, Counts] = dataclasses.field(default_factory=dict)
+    pixels: Mapping[str, Any] | None = None
 
     @property
     def num_classes(self) -> int:

@@ -1,15 +1,17 @@
 """Image and label transforms of the host: pure functions of arrays and a NumPy generator.
 
-Everywhere `image` is (H, W, 3) uint8 RGB and `label` (H, W) uint8 with 255 = ignore. Both go
-through the same geometry; labels are only ever copied (nearest neighbour), never interpolated.
+Everywhere `image` is (H, W, K), uint8 RGB or bands of uint8, uint16 or float32, and `label` (H, W)
+uint8 with 255 = ignore. Both go through the same geometry; labels are only ever copied (nearest
+neighbour), never interpolated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
 
 IGNORE = 255
+_CHANNELS = 4  # that OpenCV resizes at once
 
 
 def resize(
@@ -26,7 +28,9 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     shrinks = height <= image.shape[0] and width <= image.shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), interpolation=interpolation)
+    return _of_channels(
+        image, lambda part: cv2.resize(part, (width, height), interpolation=interpolation)
+    )
 
 
 def random_resized_crop(
@@ -35,12 +39,12 @@ def random_resized_crop(
     rng: np.random.Generator,
     scale_range: tuple[float, float],
     size: tuple[int, int],
-    fill: tuple[int, int, int],
+    fill: tuple[float, ...],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scales by a random ratio, up or down with probability 1/2 each, and cuts a random window.
 
     Where the scaled image is smaller than the window it lies at a random place inside it, on `fill`
-    (RGB), and the label on 255.
+    (a value a band), and the label on 255.
 
     Args:
       scale_range: (low, high) with low <= 1 <= high; the ratio is uniform in [low, 1] or [1, high]
@@ -74,9 +78,9 @@ def random_resized_crop(
 
 
 def random_flip(maps: tuple[np.ndarray, ...], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Mirrors maps (H, W, …) of one image, of bytes, left and right with probability 1/2."""
+    """Mirrors maps (H, W, …) of one image left and right with probability 1/2."""
     if rng.random() < 0.5:
-        return tuple(cv2.flip(x.view(np.uint8), 1).view(x.dtype) for x in maps)
+        return tuple(_mirrored(x) for x in maps)
     return maps
 
 
@@ -92,19 +96,43 @@ def _bilinear(
         [x, 0, (columns[0] + 0.5) * x - 0.5],
         [0, y, (rows[0] + 0.5) * y - 0.5],
     ])  # fmt: skip
-    return cv2.warpAffine(
+    return _of_channels(
         image,
-        to_source,
-        (len(columns), len(rows)),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REPLICATE,
+        lambda part: cv2.warpAffine(
+            part,
+            to_source,
+            (len(columns), len(rows)),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        ),
     )
 
 
-def _pad(x: np.ndarray, margins: Sequence[int], value: int | tuple[int, ...]) -> np.ndarray:
+def _of_channels(image: np.ndarray, act: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Returns what OpenCV makes of (H, W, K); it takes few channels, and drops an axis of one."""
+    parts = [
+        act(np.ascontiguousarray(image[..., first : first + _CHANNELS]))
+        for first in range(0, image.shape[-1], _CHANNELS)
+    ]
+    parts = [part if part.ndim == 3 else part[..., None] for part in parts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+def _mirrored(x: np.ndarray) -> np.ndarray:
+    values = x.view(np.uint8) if x.dtype == bool else x
+    return cv2.flip(values, 1).reshape(x.shape).view(x.dtype)
+
+
+def _pad(x: np.ndarray, margins: Sequence[int], value: int | tuple[float, ...]) -> np.ndarray:
     """Adds (top, bottom, left, right) px of `value` around a map."""
     top, bottom, left, right = margins
-    return cv2.copyMakeBorder(x, top, bottom, left, right, cv2.BORDER_CONSTANT, value=value)
+    if x.ndim == 2 or x.shape[-1] == 3:
+        return cv2.copyMakeBorder(x, top, bottom, left, right, cv2.BORDER_CONSTANT, value=value)
+    height, width, bands = x.shape
+    padded = np.empty((top + height + bottom, left + width + right, bands), x.dtype)
+    padded[:] = value
+    padded[top : top + height, left : left + width] = x
+    return padded
 
 
 def _source_index(index: np.ndarray, have: int, scaled: int) -> np.ndarray:

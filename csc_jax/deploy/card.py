@@ -5,7 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from csc_jax import config as config_lib
+from csc_jax.config import bands
 from csc_jax.deploy.description import Description
 from csc_jax.text import name as printable_name
 
@@ -54,6 +57,7 @@ def write(description: Description, scores: list[dict[str, Any]]) -> str:
         "pretrained weights": field["model.pretrained"],
         "data": field["data.name"],
         "share of the training images with a label": field["data.labeled_fraction"],
+        "images": _images(config.data),
         "images are resized to (height, width)": _size(field["data.image_size"]),
         "training crop (height, width)": _size(field["data.crop_size"]),
         "step": description.step,
@@ -118,6 +122,12 @@ def find_scores(workdir: Path, network: str, step: int) -> list[dict[str, Any]]:
 def escaped(text: object) -> str:
     """Returns text on one line in which Markdown and HTML see nothing of theirs."""
     return _SPECIAL.sub(r"\\\1", printable_name(text))
+
+
+def _images(data: ConfigDict) -> str:
+    if not bands.keeps_values(data):
+        return "RGB of 8 bits"
+    return f"{data.bands} band{'s' * (data.bands > 1)} of {data.pixel_type}, values as in the files"
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from csc_jax.config import bands
 from csc_jax.deploy import card, hub, onnx, program, weights
 from csc_jax.deploy.load import from_run, from_weights, load
 from csc_jax.deploy.model import Model
@@ -84,7 +85,8 @@ def export(
             written = functools.partial(onnx.probabilities, unfinished)
         else:
             written = load(unfinished, mode="whole", scales=(1.0,), flip=False).probabilities
-        difference, changed = _compare(reference.probabilities, written, sizes)
+        draw = functools.partial(_random_images, config=description.config)
+        difference, changed = _compare(reference.probabilities, written, sizes, draw)
         dtype = description.config.model.dtype
         if not difference <= _TOLERANCE[dtype]:  # also where it is no number
             raise UserError(
@@ -146,16 +148,31 @@ def _compare(
     expected: Callable[[np.ndarray], np.ndarray],
     written: Callable[[np.ndarray], np.ndarray],
     sizes: list[tuple[int, int]],
+    draw: Callable[[np.random.Generator, tuple[int, int]], np.ndarray],
 ) -> tuple[float, float]:
     """Returns the largest difference of a probability and the share of other class ids."""
     rng = np.random.default_rng(0)
     differences, changed = [], []
-    for height, width in sizes:
-        images = rng.integers(0, 256, (2, height, width, 3), np.uint8)
+    for size in sizes:
+        images = draw(rng, size)
         first, second = expected(images), written(images)
         differences.append(np.abs(first - second).max())
         changed.append(np.mean(first.argmax(axis=-1) != second.argmax(axis=-1)))
     return float(np.max(differences)), float(np.mean(changed))
+
+
+def _random_images(
+    rng: np.random.Generator, size: tuple[int, int], config: ConfigDict
+) -> np.ndarray:
+    """Returns (2, height, width, K) of what the network was trained on."""
+    data = config.data
+    if not bands.keeps_values(data):
+        return rng.integers(0, 256, (2, *size, 3), np.uint8)
+    values = rng.normal(data.mean, data.std, (2, *size, data.bands))
+    dtype = np.dtype(data.pixel_type)
+    if dtype.kind == "u":
+        values = values.round().clip(0, np.iinfo(dtype).max)
+    return values.astype(dtype)
 
 
 def _remove(path: Path) -> None:

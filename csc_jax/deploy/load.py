@@ -79,6 +79,8 @@ def from_run(config: ConfigDict, workdir: Path, checkpoint: str) -> Model:
       UserError: no such checkpoint, or a config that does not fit it.
     """
     experiment, network, step = score.load(on_one_device(config), workdir, checkpoint)
+    config = config.copy_and_resolve_references()
+    config.data = experiment.config.data  # with what the run had measured
     description = Description(experiment.class_names, experiment.palette, config, step)
     arrays = weights.evaluated(network.variables)
     return from_weights(description, arrays, workdir)

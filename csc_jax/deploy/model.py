@@ -10,7 +10,7 @@ import numpy as np
 
 from csc_jax.data import transforms
 from csc_jax.deploy.description import Description
-from csc_jax.deploy.images import as_rgb
+from csc_jax.deploy.images import as_image
 from csc_jax.errors import UserError
 from csc_jax.evaluation import enlarge_planes
 from csc_jax.reporting import visualize
@@ -21,7 +21,7 @@ class Result:
     """One image, segmented.
 
     Attributes:
-      image: (H, W, 3) uint8 RGB.
+      image: (H, W, 3) uint8 RGB; or (H, W, K) where the network was trained on K bands.
       classes: (H, W) uint8 class ids.
       confidence: (H, W) float32, probability of that class, in [0, 1].
       probabilities: (H, W, C) float32 of all classes; None where they were not asked for.
@@ -66,7 +66,7 @@ class Model:
 
         Args:
           description: of the network.
-          predict_scores: images (B, H, W, 3) uint8, all of one size -> (B, H', W', C) float32 of
+          predict_scores: images (B, H, W, K), all of one size -> (B, H', W', C) float32 of
             which the upper left (H, W) is meant: logits, or sums of probabilities where
             `config.eval` has flips or scales (`make_predictor` with `as_logits`).
           arrays: the weights by name.
@@ -104,22 +104,24 @@ class Model:
 
         Args:
           images: a path; an image of Pillow; an array of uint8, (H, W, 3) RGB, (H, W, 4) or grey
-            (H, W); or a list of these.
+            (H, W); or a list of these. For a network that was trained on images that keep their
+            values, an array is (H, W, K), or (H, W) for one band, of their type and in their units.
           probabilities: whether results hold those of all classes, 4 C bytes a pixel.
 
         Returns:
           One result, or a list of them in the order of the images.
 
         Raises:
-          UserError: an image that cannot be read or is not of uint8; of a list, it says which.
+          UserError: an image that cannot be read, or is of another type or has other bands than
+            those of the training; of a list, it says which.
         """
-        bits = self.description.config.data.image_bits
+        data = self.description.config.data
         if not isinstance(images, (list, tuple)):
-            return self._results([as_rgb(images, bits)], probabilities)[0]
+            return self._results([as_image(images, data)], probabilities)[0]
         pictures = []
         for index, image in enumerate(images):
             try:
-                pictures.append(as_rgb(image, bits))
+                pictures.append(as_image(image, data))
             except UserError as error:
                 raise UserError(f"Image {index} of {len(images)}: {error}") from error
         results: list[Result | None] = [None] * len(pictures)
@@ -130,7 +132,7 @@ class Model:
         return [result for result in results if result is not None]
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Returns the network's own (B, H, W, C) float32 of (B, H, W, 3) uint8, sizes as it sees.
+        """Returns the network's own (B, H, W, C) float32 of (B, H, W, K), sizes as it sees.
 
         Unlike `predict`, images are not resized to `data.image_size`.
         """

@@ -16,7 +16,7 @@ Function = Callable[[Mapping[str, Any], jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def function(description: Description) -> Function:
-    """Returns (weights by name, images (B, H, W, 3) uint8) -> class ids and probabilities.
+    """Returns (weights by name, images (B, H, W, K)) -> class ids and probabilities.
 
     Normalisation and the resize to the image's own size are inside, the projection head is not. A
     transformer sees its images at the nearest size of whole patches, as in evaluation.
@@ -26,7 +26,8 @@ def function(description: Description) -> Function:
       UserError: a config that no network fits.
     """
     config = description.config
-    model = models.build(config.model, len(description.class_names), aux_head=False)
+    classes, bands = len(description.class_names), config.data.bands
+    model = models.build(config.model, classes, aux_head=False, bands=bands)
 
     def segment(weights: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
         variables = unflatten_dict({tuple(name.split("/")): w for name, w in weights.items()})

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from csc_jax.config import bands
 from csc_jax.deploy.description import Description
 from csc_jax.deploy.network import function
 from csc_jax.deploy.weights import Arrays
@@ -24,7 +25,7 @@ _MISSING = (
 
 
 def write(path: Path, description: Description, arrays: Arrays, size: tuple[int, int]) -> None:
-    """Writes a file for images (B, height, width, 3) uint8, B being any.
+    """Writes a file for images (B, height, width, K) of their type, mostly uint8; B is any.
 
     Its input is `images`; its outputs are `classes`, (B, height, width) uint8, and `probabilities`,
     (B, height, width, C) float32. jax2onnx has no rules for a height and width that are not known.
@@ -39,7 +40,8 @@ def write(path: Path, description: Description, arrays: Arrays, size: tuple[int,
         raise UserError(_MISSING) from error
     segment = function(description)
     (batch,) = export.symbolic_shape("B")
-    images = jax.ShapeDtypeStruct((batch, *size, 3), jnp.uint8)
+    data = description.config.data
+    images = jax.ShapeDtypeStruct((batch, *size, data.bands), jnp.dtype(bands.dtype(data)))
     try:
         with plain.convolutions():
             model = to_onnx(
@@ -61,7 +63,7 @@ def write(path: Path, description: Description, arrays: Arrays, size: tuple[int,
 
 
 def probabilities(path: Path, images: np.ndarray) -> np.ndarray:
-    """Returns what onnxruntime makes of images (B, H, W, 3) uint8, on a CPU.
+    """Returns what onnxruntime makes of images (B, H, W, K), on a CPU.
 
     Raises:
       UserError: onnxruntime is not installed, or does not take the file.

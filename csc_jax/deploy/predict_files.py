@@ -5,6 +5,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from csc_jax.config import bands
+from csc_jax.deploy import images as images_lib
 from csc_jax.deploy import tiles, video
 from csc_jax.deploy.load import from_run
 from csc_jax.errors import UserError
@@ -52,19 +54,28 @@ def predict_files(
             )
         tiles.library()
     model = from_run(config, workdir, checkpoint)
+    data = model.description.config.data
     if is_video:
+        if bands.keeps_values(data) and (data.bands, data.pixel_type) != (3, "uint8"):
+            raise UserError(
+                f"--images={images} is a video, whose frames are RGB of 8 bits, but the network "
+                f"was trained on {data.bands} bands of {data.pixel_type}."
+            )
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out={out} cannot be made: {error}. Choose another.") from error
         video.segment(model.predict, images, out / f"{images.stem}_overlay.mp4")
         return
+    in_tiles = None
+    if tile is not None:
+        in_tiles = partial(tiles.segment, model.predict, model.palette, data=data, tile=tile)
     predict_folder(
         lambda image: model.predict(image, probabilities=extras.soft),
         images,
         out,
         class_names=model.class_names,
         extras=extras,
-        bits=config.data.image_bits,
-        in_tiles=partial(tiles.segment, model.predict, model.palette, tile=tile) if tile else None,
+        read=partial(images_lib.read, data=data),
+        in_tiles=in_tiles,
     )

@@ -20,6 +20,7 @@ import numpy as np
 from jax import export
 from safetensors.numpy import save
 
+from csc_jax.config import bands
 from csc_jax.deploy.description import Description, decode, parse
 from csc_jax.deploy.network import function
 from csc_jax.deploy.weights import WEIGHTS, Arrays
@@ -71,10 +72,12 @@ def write(
         raise UserError(
             "StableHLO files need flatbuffers: pip install flatbuffers, or csc-jax[export]."
         ) from error
+    data = description.config.data
+    kind = bands.dtype(data) if bands.keeps_values(data) else "uint8 RGB"
     header = description.as_json() | {
         "program": {
             "weights": WEIGHTS,
-            "images": "(B, H, W, 3) uint8 RGB",
+            "images": f"(B, H, W, {data.bands}) {kind}",
             "returns": ["(B, H, W) uint8 class ids", "(B, H, W, C) float32 probabilities"],
             "size": None if size is None else list(size),
             "resized_first": list(description.config.data.image_size),
@@ -102,11 +105,12 @@ def _export(
     description: Description, arrays: Arrays, size: tuple[int, int] | None
 ) -> export.Exported:
     (batch, *sides) = export.symbolic_shape("b, h, w" if size is None else "b")
-    shape = (batch, *(sides or size or ()), 3)
+    data = description.config.data
+    shape = (batch, *(sides or size or ()), data.bands)
     weights = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
     with plain.convolutions():
         return export.export(jax.jit(function(description)), platforms=PLATFORMS)(
-            weights, jax.ShapeDtypeStruct(shape, jnp.uint8)
+            weights, jax.ShapeDtypeStruct(shape, jnp.dtype(bands.dtype(data)))
         )
 
 
@@ -146,7 +150,7 @@ def read(path: Path) -> tuple[Description, Arrays, export.Exported, tuple[int, i
             f"The program in {path} calls {printable_name(foreign[0])[:80]!r}, which is no part of "
             "a network. Do not use this file."
         )
-    _check_interface(exported, arrays, len(description.class_names), size, path)
+    _check_interface(exported, arrays, description, size, path)
     return description, arrays, exported, size
 
 
@@ -156,9 +160,9 @@ def predictor(
     exported: export.Exported,
     size: tuple[int, int] | None,
 ) -> Any:
-    """Returns images (B, H, W, 3) uint8 -> (B, H', W', C) float32, as `Model` takes it."""
+    """Returns images (B, H, W, K) -> (B, H', W', C) float32, as `Model` takes it."""
     config = description.config
-    mesh = sharding.make_mesh(1)
+    mesh, fill = sharding.make_mesh(1), tuple(config.data.mean)
     window = tuple(config.eval.window) if any(config.eval.window) else config.data.crop_size
 
     def log_probabilities(variables: Any, images: jax.Array) -> jax.Array:
@@ -174,7 +178,7 @@ def predictor(
         window=tuple(window) if size is None else size,
         mesh=mesh,
         size_multiple=config.eval.size_multiple,
-        fill=tuple(config.data.mean),
+        fill=fill,
         scales=tuple(config.eval.scales),
         flip=config.eval.flip,
         as_logits=True,
@@ -192,11 +196,11 @@ def predictor(
                     len(images),
                     images.shape[1] + missing[0],
                     images.shape[2] + missing[1],
-                    3,
+                    images.shape[3],
                 ),
-                np.uint8,
+                images.dtype,
             )
-            padded[:] = np.round(tuple(config.data.mean))
+            padded[:] = np.round(fill) if images.dtype.kind == "u" else fill
             padded[:, : images.shape[1], : images.shape[2]] = images
             images = padded
         return predict(variables, images)
@@ -233,11 +237,12 @@ def _size(header: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
 def _check_interface(
     exported: export.Exported,
     arrays: Arrays,
-    num_classes: int,
+    description: Description,
     size: tuple[int, int] | None,
     path: Path,
 ) -> None:
     """Raises UserError where the program takes or returns other arrays than it should."""
+    num_classes, data = len(description.class_names), description.config.data
     wanted: Any = jax.tree.structure(((arrays, 0), {}))
     shapes = [array.shape for _, array in sorted(arrays.items())]
     dtypes = {str(aval.dtype) for aval in exported.in_avals[:-1]}
@@ -247,8 +252,9 @@ def _check_interface(
         and [aval.shape for aval in exported.in_avals[:-1]] == shapes
         and dtypes <= {"float32"}
         and images is not None
-        and images.dtype == np.uint8
+        and images.dtype == bands.dtype(data)
         and images.ndim == 4
+        and images.shape[3] == data.bands
         and (size is None or tuple(images.shape[1:3]) == size)
         and len(exported.out_avals) == 2
         and exported.out_avals[1].dtype == np.float32

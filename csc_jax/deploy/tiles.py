@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from csc_jax.config import bands
+from csc_jax.deploy.images import check_bands
 from csc_jax.errors import UserError
 from csc_jax.text import name as printable_name
 
@@ -77,6 +80,7 @@ def segment(
     out: Path,
     confidence: Path | None = None,
     *,
+    data: ConfigDict,
     tile: int = 1024,
     overlap: int | None = None,
 ) -> tuple[int, int]:
@@ -86,11 +90,13 @@ def segment(
     Not more than a few rows of blocks are in memory.
 
     Args:
-      predict: image (H, W, 3) uint8 RGB -> `Result`.
+      predict: image (H, W, K) -> `Result`.
       palette: (C, 3) uint8 RGB.
-      image: of 8 bits a channel, with 1 channel or at least 3, of which the first three are RGB.
+      image: of 8 bits a channel, with 1 channel or at least 3, of which the first three are RGB; or
+        where images keep their values, with the bands and of the type of the training images.
       out: TIFF to write.
       confidence: TIFF to write the probability of each pixel's class to, times 255; None = none.
+      data: that part of the config.
       tile: px, sides of what is segmented at once.
       overlap: px, as in `plan`; None = a quarter of `tile`.
 
@@ -107,7 +113,7 @@ def segment(
     finished = [out] if confidence is None else [out, confidence]
     unfinished = [path.with_name(path.name + ".unfinished") for path in finished]
     try:
-        size = _segment(rasterio, predict, image, unfinished, palette, tile, overlap)
+        size = _segment(rasterio, predict, image, unfinished, palette, data, tile, overlap)
         for path, target in zip(unfinished, finished, strict=True):
             path.replace(target)
     except rasterio.errors.RasterioError as error:
@@ -125,6 +131,7 @@ def _segment(
     image: Path,
     out: list[Path],
     palette: np.ndarray,
+    data: ConfigDict,
     tile: int,
     overlap: int,
 ) -> tuple[int, int]:
@@ -136,11 +143,12 @@ def _segment(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         source = stack.enter_context(rasterio.open(image, driver="GTiff"))
-        _check(source, image)
+        _check(source, image, data)
+        channels = _channels(source, data)
         targets = [stack.enter_context(_target(rasterio, path, source)) for path in out]
         targets[0].write_colormap(1, dict(enumerate(map(tuple, palette.tolist()))))
         for part in plan(source.height, source.width, tile, overlap):
-            result = predict(_read(rasterio, source, part))
+            result = predict(_read(rasterio, source, part, channels))
             maps = [result.classes]
             if len(out) > 1:
                 maps.append(np.round(255 * result.confidence).astype(np.uint8))
@@ -160,9 +168,13 @@ def library() -> Any:
     return rasterio
 
 
-def _check(source: Any, image: Path) -> None:
-    """Raises UserError for an image that has no RGB of 8 bits, or blocks that fill the memory."""
-    if set(source.dtypes) != {"uint8"} or source.count == 2:
+def _check(source: Any, image: Path, data: ConfigDict) -> None:
+    """Raises UserError for an image that the network does not take, or of too large blocks."""
+    if bands.keeps_values(data):
+        if len(set(source.dtypes)) > 1:
+            raise UserError(f"{image} has bands of several types. Convert it first.")
+        check_bands(len(_channels(source, data)), source.dtypes[0], data, image)
+    elif set(source.dtypes) != {"uint8"} or source.count == 2:
         raise UserError(
             f"{image} has {source.count} channels of {source.dtypes[0]}; it takes uint8, grey or "
             "RGB. Convert it first."
@@ -170,7 +182,7 @@ def _check(source: Any, image: Path) -> None:
     if max(source.height, source.width) > _MOST_SIDE:
         raise UserError(f"{image} is {source.height}x{source.width} px; a side is {_MOST_SIDE}.")
     pixels = max(height * width for height, width in source.block_shapes)
-    if pixels * source.count > _MOST_BLOCK:
+    if pixels * source.count * np.dtype(source.dtypes[0]).itemsize > _MOST_BLOCK:
         raise UserError(
             f"{image} is stored in blocks of {pixels} px, each of which must be in memory as a "
             "whole. Store it in smaller ones: gdal_translate -co TILED=YES."
@@ -201,11 +213,18 @@ def _target(rasterio: Any, path: Path, source: Any) -> Any:
     )
 
 
-def _read(rasterio: Any, source: Any, part: Tile) -> np.ndarray:
-    """Returns a tile as (height, width, 3) uint8 RGB."""
+def _channels(source: Any, data: ConfigDict) -> list[int]:
+    """Returns the numbers of the channels that the network sees, from 1."""
+    if not bands.keeps_values(data):
+        return [1, 2, 3] if source.count >= 3 else [1, 1, 1]
+    alpha = source.colorinterp[-1].name == "alpha" and source.count == data.bands + 1
+    return list(range(1, source.count + 1 - alpha))
+
+
+def _read(rasterio: Any, source: Any, part: Tile, channels: list[int]) -> np.ndarray:
+    """Returns a tile as (height, width, K)."""
     window = rasterio.windows.Window(part.left, part.top, part.width, part.height)
-    bands = source.read([1, 2, 3] if source.count >= 3 else [1, 1, 1], window=window)
-    return np.ascontiguousarray(bands.transpose(1, 2, 0))
+    return np.ascontiguousarray(source.read(channels, window=window).transpose(1, 2, 0))
 
 
 def _write(rasterio: Any, target: Any, part: Tile, values: np.ndarray) -> None:

@@ -150,7 +150,7 @@ def evaluate(
     Args:
       predict: as returned by `make_predictor`.
       variables: passed to `predict`.
-      batches: dicts with `image` (B, H, W, 3) uint8, `label` (B, H, W) uint8 (outside
+      batches: dicts with `image` (B, H, W, K), `label` (B, H, W) uint8 (outside
         [0, num_classes) = ignored), `valid` (B,) bool and `ids`, B strings; rows that are not valid
         are not counted.
       num_classes: C, at most 255.

@@ -71,7 +71,7 @@ def predict_folder(
     *,
     class_names: tuple[str, ...],
     extras: Extras = Extras(),
-    bits: int = 0,
+    read: Callable[[Path], codec.Photo] = codec.read_photo,
     in_tiles: Callable[[Path, Path, Path | None], object] | None = None,
 ) -> list[Path]:
     """Writes `NAME.png` and `NAME_overlay.png` for each image, in the sub-folder that it is in.
@@ -80,14 +80,14 @@ def predict_folder(
     is the image under the classes' colours, with a legend below.
 
     Args:
-      predict: image (H, W, 3) uint8 RGB of any size -> what is known of it, with probabilities
-        where `extras.soft` asks for them.
+      predict: image (H, W, K) of any size, as `read` gives it -> what is known of it, with
+        probabilities where `extras.soft` asks for them.
       images: one image, or a folder of them, which is searched with its sub-folders (`files.walk`).
       out: folder to write to; made where it is missing. Where it lies in `images`, what is in it is
         no input.
       class_names: C names.
       extras: what else is written.
-      bits: `data.image_bits`.
+      read: an image file -> what `predict` takes; UserError where it cannot.
       in_tiles: (image, TIFF for class ids, TIFF for confidence or None) -> writes these for a TIFF
         of any size, which then has no overlay; None = TIFFs are read whole, like all others.
 
@@ -118,7 +118,7 @@ def predict_folder(
                     unreadable.append(f"{name} ({error})")
                 continue
             try:
-                photo = codec.read_photo(path, bits)
+                photo = read(path)
             except UserError as error:
                 unreadable.append(f"{name} ({error})")
                 continue

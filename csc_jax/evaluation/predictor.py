@@ -62,7 +62,7 @@ def make_predictor(
     the image, as mmsegmentation does in test-time augmentation.
 
     Args:
-      logits_fn: (variables, images (B, h, w, 3) uint8 or float on 0..255) -> (B, h', w', C) float
+      logits_fn: (variables, images (B, h, w, K), of any type) -> (B, h', w', C) float
         logits at any stride; normalises the images itself.
       logits_size: (2,) int32 sides (h, w) of any image -> those (h', w') of its logits.
       num_classes: C, at most 255.
@@ -75,7 +75,7 @@ def make_predictor(
         multiple. 1 pads nothing.
       patch: px; what the network sees is resized to sides that are the nearest multiples of it, and
         its logits back. 1 resizes nothing.
-      fill: RGB, 0..255, of the padding.
+      fill: a value a band, of the padding.
       scales: ratios to which the images are resized; at least one.
       flip: whether each scale is seen mirrored, too.
       as_logits: whether `predict` returns what it takes the largest of in place of class ids, for
@@ -83,7 +83,7 @@ def make_predictor(
         Not for mode `center_crop`.
 
     Returns:
-      predict: (variables, images (B, H, W, 3) uint8) -> (B, H', W') uint8 class ids, split over
+      predict: (variables, images (B, H, W, K)) -> (B, H', W') uint8 class ids, split over
       `data`, where H' >= H and W' >= W are the padded sides. It is 255 (`NOT_PREDICTED`) on the
       padding and around the centre crop. `variables` are replicated on the mesh or lie on the host.
       Raises UserError where B does not divide by the number of devices.
@@ -168,24 +168,24 @@ def enlarge_planes(logits: np.ndarray, size: tuple[int, int]) -> Iterator[np.nda
 
 
 def pad_to_multiple(images: np.ndarray, multiple: int, fill: Sequence[float]) -> np.ndarray:
-    """Pads images (B, H, W, 3) uint8 below and on the right with the colour `fill` (RGB)."""
-    b, height, width, _ = images.shape
-    shape = (b, -(-height // multiple) * multiple, -(-width // multiple) * multiple, 3)
+    """Pads images (B, H, W, K) below and on the right with `fill`, a value a band."""
+    b, height, width, bands = images.shape
+    shape = (b, -(-height // multiple) * multiple, -(-width // multiple) * multiple, bands)
     if shape == images.shape:
         return images
-    padded = np.empty(shape, np.uint8)
-    padded[:] = np.round(fill)
+    padded = np.empty(shape, images.dtype)
+    padded[:] = np.round(fill) if images.dtype.kind == "u" else fill
     padded[:, :height, :width] = images
     return padded
 
 
-# Below, `images` are (B, H, W, 3) of which the upper left `size` is the picture, and a `Logits` is
+# Below, `images` are (B, H, W, K) of which the upper left `size` is the picture, and a `Logits` is
 # a function (variables, images, size) -> (B, H, W, C) float32 logits, right within `size`.
 Logits = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def _class_ids(logits: Logits, variables: Any, images: jax.Array, size: jax.Array) -> jax.Array:
-    """(B, H, W, 3) images -> (B, H, W) uint8 class ids, 255 on the padding."""
+    """(B, H, W, K) images -> (B, H, W) uint8 class ids, 255 on the padding."""
     ids = jnp.argmax(logits(variables, images, size), axis=-1).astype(jnp.uint8)
     return jnp.where(_inside(size, images.shape[1:3])[None], ids, NOT_PREDICTED)
 
@@ -193,7 +193,7 @@ def _class_ids(logits: Logits, variables: Any, images: jax.Array, size: jax.Arra
 def _in_the_middle(
     logits: Logits, variables: Any, images: jax.Array, size: jax.Array, window: tuple[int, int]
 ) -> jax.Array:
-    """(B, H, W, 3) images -> (B, H, W) uint8 class ids, 255 around the window in the middle."""
+    """(B, H, W, K) images -> (B, H, W) uint8 class ids, 255 around the window in the middle."""
     b, height, width, channels = images.shape
     shape = (min(window[0], height), min(window[1], width))
     top, left = jnp.maximum(size - jnp.array(shape), 0) // 2
@@ -210,7 +210,7 @@ def _at_size(
     images: jax.Array,
     size: jax.Array,
 ) -> jax.Array:
-    """(B, H, W, 3) images -> (B, H, W, C) logits of the image in one piece."""
+    """(B, H, W, K) images -> (B, H, W, C) logits of the image in one piece."""
     # Where there is padding, its logits follow those of the image.
     return _resize(logits_fn(variables, images), logits_size(size), size, images.shape[1:3])
 
@@ -223,7 +223,7 @@ def _in_patches(
     images: jax.Array,
     size: jax.Array,
 ) -> jax.Array:
-    """(B, H, W, 3) images -> (B, H, W, C) logits of the image at a size of whole patches."""
+    """(B, H, W, K) images -> (B, H, W, C) logits of the image at a size of whole patches."""
     shape = images.shape[1:3]
     whole_shape = tuple(nearest_multiple(length, patch) for length in shape)
     whole = nearest_multiple(size, patch)
@@ -238,7 +238,7 @@ def _resized(
     new_shape: Sequence[int],
     fill: Sequence[float],
 ) -> jax.Array:
-    """Resizes the picture in (B, H, W, 3) as `_resize` does; `fill` is around it."""
+    """Resizes the picture in (B, H, W, K) as `_resize` does; `fill` is around it."""
     resized = _resize(images.astype(jnp.float32), size, new_size, new_shape)
     inside = _inside(new_size, new_shape)[None, :, :, None]
     return jnp.where(inside, resized, jnp.array(fill, jnp.float32)[None, None, None])
@@ -252,7 +252,7 @@ def _sliding(
     images: jax.Array,
     size: jax.Array,
 ) -> jax.Array:
-    """(B, H, W, 3) images -> (B, H, W, C) logits, the mean over the windows that cover a pixel."""
+    """(B, H, W, K) images -> (B, H, W, C) logits, the mean over the windows that cover a pixel."""
     b, height, width, channels = images.shape
     shape = (min(window[0], height), min(window[1], width))
     tops, rows = _windows(size[0], height, shape[0])
@@ -308,7 +308,7 @@ def _averaged(
     images: jax.Array,
     size: jax.Array,
 ) -> jax.Array:
-    """(B, H, W, 3) images -> (B, H, W, C), sum over the views of their softmax probabilities."""
+    """(B, H, W, K) images -> (B, H, W, C), sum over the views of their softmax probabilities."""
     shape = images.shape[1:3]
     mirrorings = jnp.array([False, True] if flip else [False])
     total = jnp.zeros((*images.shape[:3], num_classes), jnp.float32)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
 from csc_jax import data, evaluation
+from csc_jax.config import bands
 from csc_jax.config import checks as config_checks
 from csc_jax.errors import UserError
 from csc_jax.evaluation import Scores
@@ -59,6 +60,7 @@ def score(
     out = _make_folder(workdir)
     run = _described(workdir, checkpoint)
     class_names = tuple(run["class_names"])
+    config = bands.with_measured(config, bands.found_by(run["config"]))
     dataset = data.load(config.data)
     if dataset.class_names != class_names:
         raise UserError(
@@ -117,6 +119,7 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Experim
     config = config_lib.resolve(config, steps_per_epoch=1)  # lengths do not matter here
     with Checkpointer(workdir, read_only=True) as checkpointer:
         run = checkpointer.describe(checkpoint)
+        config = bands.with_measured(config, bands.found_by(run["config"]))
         palette = np.asarray(run["palette"], np.uint8)
         experiment = build(config, tuple(run["class_names"]), palette)
         restored = checkpointer.restore(experiment.abstract_state(), checkpoint)

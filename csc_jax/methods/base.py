@@ -20,8 +20,8 @@ from flax import struct
 from jax import Array
 from ml_collections import ConfigDict
 
-from csc_jax import losses
-from csc_jax.augment import normalize_images
+from csc_jax import augment, losses
+from csc_jax.config import bands
 from csc_jax.contrast import MemoryBank, devices
 from csc_jax.models import Features, Outputs, Segmenter, initialize, resize_aligned
 from csc_jax.optimizer import make_optimizer
@@ -66,9 +66,22 @@ class Task:
         variables = initialize(self.model, key, projection=projection)
         return Network(variables["params"], variables.get("batch_stats", {}))
 
+    def photometric(self, key: Array, images: Array, view: ConfigDict) -> Array:
+        """Returns images (B, H, W, K) with other colours or brightness, and blurred, float32.
+
+        Args:
+          key: random key.
+          images: in their units.
+          view: section of the config with the probabilities: `method`, `method.unimatch_view`.
+        """
+        data = self.config.data
+        if bands.keeps_values(data):
+            return augment.photometric_bands(key, images, view, data.std)
+        return augment.photometric(key, images, view)
+
     def normalize(self, images: Array) -> Array:
-        """Maps RGB images (B, H, W, 3) on 0..255 to what the network takes, float32."""
-        return normalize_images(images, self.config.data.mean, self.config.data.std)
+        """Maps images (B, H, W, K) in their units to what the network takes, float32."""
+        return augment.normalize_images(images, self.config.data.mean, self.config.data.std)
 
     def train_forward(
         self,
@@ -81,7 +94,7 @@ class Task:
         dropout: bool = True,
         perturb: Callable[[Features], Features] | None = None,
     ) -> tuple[Outputs, Any]:
-        """Runs a network in training mode on images (B, H, W, 3) on 0..255.
+        """Runs a network in training mode on images (B, H, W, K) in their units.
 
         A pass that makes pseudo-labels is one without `dropout` (decisions.md 19c). `perturb`
         changes the backbone's features, see `Segmenter`. Returns its outputs and the new
@@ -101,7 +114,7 @@ class Task:
         return devices.split_over_devices(outputs), updates.get("batch_stats", {})
 
     def eval_forward(self, network: Network, images: Array, *, projection: bool = False) -> Outputs:
-        """Runs a network in evaluation mode on images (B, H, W, 3) on 0..255, without gradient."""
+        """Runs a network in evaluation mode on images (B, H, W, K), without gradient."""
         variables = jax.lax.stop_gradient(network.variables)
         outputs = self.model.apply(
             variables, self.normalize(images), train=False, projection=projection
@@ -202,7 +215,7 @@ class Method:
         Args:
           params: parameters of every trained network by name; "student" is always there.
           state: the state before this step, from which everything but `params` is read.
-          batch: {"labeled", "unlabeled"} -> {"image" (B, H, W, 3) uint8, "label" (B, H, W) uint8,
+          batch: {"labeled", "unlabeled"} -> {"image" (B, H, W, K), "label" (B, H, W) uint8,
             "inside" (B, H, W) bool, False on padding}. The unlabelled labels may be used for
             metrics only.
           key: random key of this step.
@@ -215,7 +228,7 @@ class Method:
         Args:
           key: random key.
           state: the state.
-          images: (B, H, W, 3) uint8.
+          images: (B, H, W, K).
 
         Returns:
           (B, H, W) int32 class ids, 255 where the mask M drops the pixel (Eq. 4a).

@@ -56,7 +56,7 @@ class CPS(Method):
                 state.trained, stats, weak, teach_key, dropout=False, projection=False
             )
             mask = augment.cutmix_mask(mask_key, weak.shape[0], size, config.cutmix)
-            strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
+            strong = augment.mix(mask, task.photometric(photo_key, weak, config))
             learnt_u, stats = self._forward(params, stats, strong, learn_key)
             learnt_l, stats = self._forward(params, stats, labeled["image"], labeled_key)
             own, inside_own = learnt_u, augment.mix(mask, inside)

@@ -40,7 +40,7 @@ class CutMixMeanTeacher(Method):
 
         pseudo = self.pseudo_labels(mask_key, state, weak, inside)  # (Bu, H, W)
         mask = augment.cutmix_mask(mix_key, weak.shape[0], size, config.cutmix)
-        strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
+        strong = augment.mix(mask, task.photometric(photo_key, weak, config))
         pseudo_mixed, inside_mixed = augment.mix(mask, pseudo), augment.mix(mask, inside)
 
         images = shared.join(labeled["image"].astype(jnp.float32), strong)

@@ -39,7 +39,7 @@ class FixMatch(Method):
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
-        strong, mask = shared.strong_view(view_key, weak, config.unimatch_view)
+        strong, mask = shared.strong_view(view_key, weak, task)
 
         student, batch_stats = task.train_forward(
             params["student"],

@@ -50,7 +50,7 @@ class GCT(Method):
 
     def init_companions(self, key: Array) -> dict[str, Network]:
         second_key, detector_key = jax.random.split(key)
-        image = jnp.zeros((1, 32, 32, 3 + self.task.num_classes))
+        image = jnp.zeros((1, 32, 32, self.task.config.data.bands + self.task.num_classes))
         variables = self.detector.init(detector_key, image, train=False)
         return {
             "second": self.task.init_network(second_key, projection=False),
@@ -174,7 +174,7 @@ class GCT(Method):
 
 
 class FlawDetector(nn.Module):
-    """Maps image and probabilities (B, H, W, 3 + C) to flaw maps (B, H, W), not squashed."""
+    """Maps image and probabilities (B, H, W, K + C) to flaw maps (B, H, W), not squashed."""
 
     width: int  # channels of the first layer
 

@@ -84,10 +84,10 @@ class MeanTeacher(Method):
         return total, LossOutputs({"student": batch_stats}, metrics, pixels)
 
     def _view(self, key: Array, images: Array) -> Array:
-        """Returns one noisy view of images (B, H, W, 3), float32 on the scale 0..255."""
+        """Returns one noisy view of images (B, H, W, K), float32 in their units."""
         config = self.task.config
         photo_key, noise_key = jax.random.split(key)
-        images = augment.photometric(photo_key, images, config.method)
+        images = self.task.photometric(photo_key, images, config.method)
         std = config.method.mean_teacher.noise * jnp.asarray(config.data.std)
         return images + std[None, None, None] * jax.random.normal(noise_key, images.shape)
 

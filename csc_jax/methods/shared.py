@@ -6,7 +6,6 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from ml_collections import ConfigDict
 
 from csc_jax import augment, losses
 from csc_jax.methods.base import Pixels, Task
@@ -68,20 +67,21 @@ def confident_labels(logits: Array, inside: Array, threshold: float) -> Array:
     return likeliest(jax.nn.softmax(logits), inside, threshold)
 
 
-def strong_view(key: Array, weak: Array, config: ConfigDict) -> tuple[Array, Array]:
+def strong_view(key: Array, weak: Array, task: Task) -> tuple[Array, Array]:
     """Returns the strong view of UniMatch's code, and the mask of its CutMix.
 
     Args:
       key: random key.
-      weak: (B, H, W, 3) uint8.
-      config: `config.method.unimatch_view`.
+      weak: (B, H, W, K).
+      task: whose `config.method.unimatch_view` says how strong it is.
 
     Returns:
-      (B, H, W, 3) float32 on 0..255, and (B, H, W) bool for `augment.mix`.
+      (B, H, W, K) float32 in the units of the images, and (B, H, W) bool for `augment.mix`.
     """
     photo_key, mix_key = jax.random.split(key)
+    config = task.config.method.unimatch_view
     mask = augment.unimatch_mask(mix_key, weak.shape[0], size_of(weak), config)
-    return augment.mix(mask, augment.photometric(photo_key, weak, config)), mask
+    return augment.mix(mask, task.photometric(photo_key, weak, config)), mask
 
 
 def join(*batches: _Tree) -> _Tree:
@@ -165,8 +165,8 @@ def bank_features(
       task: the task.
       state: the state before the step.
       student: its outputs on labelled and unlabelled images, as `join` has them.
-      labeled: (Bl, H, W, 3).
-      unlabeled: (Bu, H, W, 3) weak views; None for a method that sees none.
+      labeled: (Bl, H, W, K).
+      unlabeled: (Bu, H, W, K) weak views; None for a method that sees none.
       mask: (Bu, H, W) bool of CutMix, None without it.
     """
     if task.config.contrast.bank_source == "student":

@@ -82,7 +82,7 @@ class U2PL(Method):
         pseudo = shared.confident_labels(logits, inside, 0.0)  # every pixel but padding
         photo_key, mix_key = jax.random.split(view_key)
         mask = augment.cutmix_mask(mix_key, weak.shape[0], size, config.cutmix)
-        strong = augment.mix(mask, augment.photometric(photo_key, weak, config))
+        strong = augment.mix(mask, task.photometric(photo_key, weak, config))
         pseudo_mixed = augment.mix(mask, pseudo)
         images = shared.join(labeled["image"].astype(jnp.float32), strong)
         student, batch_stats = task.train_forward(

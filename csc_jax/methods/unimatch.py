@@ -41,8 +41,8 @@ class UniMatch(Method):
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
-        strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_view)
-        strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
+        strong1, mask1 = shared.strong_view(first_key, weak, task)
+        strong2, mask2 = shared.strong_view(second_key, weak, task)
 
         def with_perturbed_weak(features: Features) -> Features:
             keys = jax.random.split(feature_key, len(features.levels))

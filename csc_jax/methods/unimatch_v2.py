@@ -40,8 +40,8 @@ class UniMatchV2(Method):
         weak, inside = unlabeled["image"], unlabeled["inside"]
         size = shared.size_of(inside)
         pseudo = self.pseudo_labels(key, state, weak, inside)
-        strong1, mask1 = shared.strong_view(first_key, weak, config.unimatch_view)
-        strong2, mask2 = shared.strong_view(second_key, weak, config.unimatch_view)
+        strong1, mask1 = shared.strong_view(first_key, weak, task)
+        strong2, mask2 = shared.strong_view(second_key, weak, task)
 
         def with_fewer_channels(features: Features) -> Features:
             views = [shared.split(x, labeled["image"], strong1, strong2) for x in features.levels]

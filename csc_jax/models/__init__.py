@@ -40,13 +40,14 @@ def names() -> tuple[str, ...]:
     return (*backbones.names(), *FORMS)
 
 
-def build(config: ConfigDict, num_classes: int, aux_head: bool) -> Segmenter:
+def build(config: ConfigDict, num_classes: int, aux_head: bool, bands: int = 3) -> Segmenter:
     """Returns the network that `config` (config.model) describes.
 
     Args:
       config: the section `model` of the config.
       num_classes: C.
       aux_head: whether there is an auxiliary head on layer3 (decisions.md 21).
+      bands: K, channels of an image (`data.bands`).
 
     Raises:
       UserError: no such backbone, stem or output stride, dilations that do not fit it, or a head
@@ -54,7 +55,7 @@ def build(config: ConfigDict, num_classes: int, aux_head: bool) -> Segmenter:
     """
     _check_choice("backbone", config.backbone, names())
     if config.backbone in FORMS:
-        return _build_dpt(config, num_classes, aux_head)
+        return _build_dpt(config, num_classes, aux_head, bands)
     _check_choice("stem", config.stem, STEMS)
     _check_choice("output_stride", config.output_stride, (8, 16, 32))
     for field in ("multi_grid", "aspp_rates"):
@@ -82,10 +83,11 @@ def build(config: ConfigDict, num_classes: int, aux_head: bool) -> Segmenter:
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         frozen=config.freeze_backbone,
+        bands=bands,
     )
 
 
-def _build_dpt(config: ConfigDict, num_classes: int, aux_head: bool) -> DPT:
+def _build_dpt(config: ConfigDict, num_classes: int, aux_head: bool, bands: int) -> DPT:
     if aux_head:
         raise UserError(
             f"loss.aux_weight is above 0, but model.backbone is {config.backbone!r}: the auxiliary "
@@ -101,6 +103,7 @@ def _build_dpt(config: ConfigDict, num_classes: int, aux_head: bool) -> DPT:
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         frozen=config.freeze_backbone,
+        bands=bands,
     )
 
 

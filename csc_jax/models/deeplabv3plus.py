@@ -15,7 +15,7 @@ from csc_jax.models.resize import resize_aligned
 
 
 class DeepLabV3Plus(nn.Module):
-    """Segmentation network: (B, H, W, 3) normalised image -> `Outputs`.
+    """Segmentation network: (B, H, W, K) normalised image -> `Outputs`.
 
     Top-level parameter keys: `backbone`, `low_level`, `aspp`, `fuse`, `classifier`, `projection`
     and, with `aux_head`, `auxiliary`. Initialise with projection=True to create all of them.
@@ -38,6 +38,7 @@ class DeepLabV3Plus(nn.Module):
     # when memory is tightest, in the loss at full size. None: unless the device is a CPU.
     remat_projection: bool | None = None
     frozen: bool = False  # the backbone does in training what it does in evaluation
+    bands: int = 3  # K, channels of an image
 
     @property
     def patch(self) -> int:
@@ -73,7 +74,7 @@ class DeepLabV3Plus(nn.Module):
         """Runs the network; train=True needs a "dropout" key and mutable "batch_stats".
 
         Args:
-          x: (B, H, W, 3) normalised image.
+          x: (B, H, W, K) normalised image.
           train: whether dropout and batch statistics are on.
           projection: whether the projection is computed.
           perturb: changes the backbone's features before anything is made of them; they may come

@@ -29,7 +29,7 @@ SIZES: dict[int, tuple[int, tuple[int, int, int, int]]] = {
 
 
 class DPT(nn.Module):
-    """Segmentation network: (B, H, W, 3) normalised image of any size -> `Outputs`.
+    """Segmentation network: (B, H, W, K) normalised image of any size -> `Outputs`.
 
     Images whose sides are no multiples of a patch are resized to the nearest ones first. The finest
     map has 8 pixels a patch and side: stride 14/8 for DINOv2.
@@ -46,6 +46,7 @@ class DPT(nn.Module):
     dtype: Any = jnp.float32  # compute type; parameters are float32
     remat: bool = False  # trade time for memory: the transformer's blocks are computed twice
     frozen: bool = False  # the transformer does in training what it does in evaluation
+    bands: int = 3  # K, channels of an image
 
     @property
     def patch(self) -> int:
@@ -81,7 +82,7 @@ class DPT(nn.Module):
         """Runs the network; train=True needs a "dropout" key. There are no statistics.
 
         Args:
-          x: (B, H, W, 3) normalised image.
+          x: (B, H, W, K) normalised image.
           train: whether dropout and drop path are on.
           projection: whether the projection is computed.
           perturb: changes the transformer's features before anything is made of them; they may come

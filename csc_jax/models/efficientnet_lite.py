@@ -33,7 +33,7 @@ STAGES = (  # of the published network (efficientnet_lite_builder.py)
 
 
 class EfficientNetLite0(nn.Module):
-    """Backbone without its classifier: (B, H, W, 3) normalised image -> `Features`.
+    """Backbone without its classifier: (B, H, W, K) normalised image -> `Features`.
 
     A stage that would go beyond the output stride is dilated instead, by the rule of `ResNet`.
     Strided convolutions are padded as in TensorFlow and BatchNorm has epsilon 1e-3, as the

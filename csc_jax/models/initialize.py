@@ -31,7 +31,7 @@ def initialize(network: Segmenter, key: jax.Array, *, projection: bool = True) -
       key: the same key gives the same values with and without the projection head.
       projection: whether to create that head.
     """
-    image = jnp.zeros((1, 64, 64, 3))  # no parameter depends on the size
+    image = jnp.zeros((1, 64, 64, network.bands))  # no parameter depends on the size
     init = partial(network.init, train=False, projection=projection)
     shapes = flatten_dict(jax.eval_shape(init, key, image))
     # Sorted, the projection head comes last and so does not shift the others' numbers.
@@ -57,7 +57,7 @@ def _deviation(path: tuple[str, ...], shape: tuple[int, ...]) -> float:
         return 0.02
     height, width, inputs, outputs = shape
     if path[1] == "backbone" and "patch_embed" not in path:
-        fan_out = outputs if inputs > 1 else 1  # depthwise: a channel feeds one other
+        fan_out = 1 if "depthwise" in path else outputs  # depthwise: a channel feeds one other
         variance = 2 / fan_out
     else:
         variance = 1 / (3 * inputs)

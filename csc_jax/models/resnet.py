@@ -64,7 +64,7 @@ DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 
 
 class ResNet(nn.Module):
-    """Backbone without its classifier: (B, H, W, 3) normalised image -> `Features`.
+    """Backbone without its classifier: (B, H, W, K) normalised image -> `Features`.
 
     A stage that would go beyond the output stride keeps its resolution and doubles the dilation
     instead. The convolution that would have had the stride keeps the dilation of the stage before,

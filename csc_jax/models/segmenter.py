@@ -16,6 +16,10 @@ class Segmenter(Protocol):
     """
 
     @property
+    def bands(self) -> int:
+        """Channels of an image, K."""
+
+    @property
     def patch(self) -> int:
         """Training crops have sides that are multiples of so many px; 1 = any."""
 
@@ -51,7 +55,7 @@ class Segmenter(Protocol):
 
         Args:
           variables: of `init`.
-          x: (B, H, W, 3) normalised image.
+          x: (B, H, W, K) normalised image.
           train: whether random choices are made and statistics are those of the batch; it then
             needs a key "dropout" in `rngs`, and "batch_stats" in `mutable`.
           projection: whether the projection is computed.

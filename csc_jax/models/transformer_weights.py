@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from csc_jax.errors import UserError
+from csc_jax.models import first_layer
 from csc_jax.models.vit import FORMS, resize_positions
 
 log = logging.getLogger("csc_jax")
@@ -174,6 +175,9 @@ def convert(
         or (whole and (not name.startswith("head.projection.") or name in given))
     }
     given = _resized_positions(given, places)
+    kernel = "backbone.patch_embed.proj.weight"
+    if kernel in given and kernel in places:
+        given[kernel] = first_layer.adapt(given[kernel], places[kernel].shape[1])
     problems = []
     arrays: dict[Path, dict[int | None, np.ndarray]] = {}
     for name, value in given.items():

@@ -60,7 +60,7 @@ FORMS: dict[str, Form] = {
 
 
 class ViT(nn.Module):
-    """Encoder: (B, H, W, 3) normalised image, sides multiples of a patch -> `Features`.
+    """Encoder: (B, H, W, K) normalised image, sides multiples of a patch -> `Features`.
 
     The levels are (B, r, c, K) maps of the patches' tokens alone. The blocks' parameters are
     stacked, (depth, ...) each, and one program serves them all.
@@ -122,7 +122,7 @@ _draw = nn.initializers.normal(0.02)
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution of size and stride `patch`, as a product: (B, H, W, 3) to (B, r, c, K)."""
+    """A convolution of size and stride `patch`, as a product: (B, H, W, bands) to (B, r, c, K)."""
 
     form: Form
     dtype: Any

@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from csc_jax.errors import UserError
-from csc_jax.models import transformer_weights, weight_files
+from csc_jax.models import first_layer, transformer_weights, weight_files
 from csc_jax.models.resnet import DEPTHS, Bottleneck
 from csc_jax.models.weight_files import StateDict, locate, read_weights, unwrap
 
@@ -133,9 +133,12 @@ def convert_torch_state_dict(
         they keep the value in `variables` and are listed in the log.
 
     Raises:
-      UserError: it is of no known family, or, if `strict`, does not fit; names every array.
+      UserError: it is of no known family, or, if `strict`, does not fit; names every array. A
+        first convolution of RGB fits a network of any number of bands (`first_layer.adapt`).
     """
-    state = {k.removeprefix("module."): v for k, v in unwrap(state_dict, TEACHER).items()}
+    state: dict[str, Any] = {
+        k.removeprefix("module."): v for k, v in unwrap(state_dict, TEACHER).items()
+    }
     if transformer_weights.recognizes(state) and transformer_weights.is_transformer(variables):
         converted, problems, theirs = transformer_weights.convert(state, variables)
         if problems:
@@ -144,6 +147,10 @@ def convert_torch_state_dict(
         return converted
     family = _family_of(state)
     leaves = flatten_dict(dict(variables))
+    first = ("params", *str(_rename(family.marker, family.rules)).split("/"), "kernel")
+    if first in leaves:
+        kernel = f"{family.marker}.weight"
+        state[kernel] = first_layer.adapt(state[kernel], leaves[first].shape[2])
     wanted = {p: leaf.shape for p, leaf in leaves.items() if family.whole or p[1] == "backbone"}
     found: dict[Path, np.ndarray] = {}
     problems = []

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
 from csc_jax import data
-from csc_jax.config import choose
+from csc_jax.config import bands, choose
 from csc_jax.data import camvid, cityscapes, pascal_voc, synthetic
 from csc_jax.errors import UserError
 from csc_jax.planning.chips import HOP, Chip, Topology, topology
@@ -144,7 +144,7 @@ def compile_for(config: ConfigDict, hardware: Topology, known: DataSet) -> Plan:
       UserError: a field does not fit the hardware, or the step does not compile.
     """
     steps_per_epoch = max(1, (known.unlabeled or 0) // config.batch.unlabeled)
-    config = config_lib.resolve(config, steps_per_epoch)
+    config = bands.with_measured(config_lib.resolve(config, steps_per_epoch), None)
     names = tuple(map(str, range(known.classes)))
     built = experiment.build(
         config,

@@ -89,7 +89,7 @@ class Probe:
 
 
 def _centre_crops(examples: list[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
-    """(P, h, w, 3) uint8, the middle of each image at the training crop's size."""
+    """(P, h, w, K), the middle of each image at the training crop's size."""
     crops = []
     for example in examples:
         image = example["image"]

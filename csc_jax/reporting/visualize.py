@@ -49,6 +49,8 @@ _LEGEND_LINE = 24
 _SWATCH = 14
 _LETTER = 7  # mean width at font size 9, rounded up
 _TITLE_LETTER = 11  # likewise of a title
+_DRAWN = (2, 98)  # percentiles of a band that are black and white
+_LOOKED_AT = 1 << 20  # pixels that they are taken of, about
 _HATCH_PERIOD = 8
 _LONGEST_NAME = 40  # characters of a class or file; a legend is as wide as its longest entry
 _RIGHT_TO_LEFT = ("R", "AL", "RLE", "RLO", "RLI", "AN")  # Unicode's bidirectional classes
@@ -107,6 +109,32 @@ _CHARTS = (
 )
 
 
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """Returns how an image (H, W, K) is drawn, (H, W, 3) uint8 RGB.
+
+    Its first three bands are red, green and blue; one band is grey, and with two blue is black.
+    Values of 8 bits are drawn as they are, others from black at their 2nd percentile, band by band,
+    to white at the 98th.
+    """
+    bands = image[..., :3]
+    if bands.dtype != np.uint8:
+        bands = np.stack([_stretched(bands[..., i]) for i in range(bands.shape[-1])], axis=-1)
+    if bands.shape[-1] == 1:
+        return bands.repeat(3, axis=-1)
+    if bands.shape[-1] == 2:
+        return np.concatenate([bands, np.zeros_like(bands[..., :1])], axis=-1)
+    return np.ascontiguousarray(bands)
+
+
+def _stretched(band: np.ndarray) -> np.ndarray:
+    """Returns (H, W) of any values as uint8; one value throughout is black."""
+    step = max(1, math.isqrt(band.size // _LOOKED_AT))
+    low, high = np.percentile(band[::step, ::step], _DRAWN)
+    shares = band.astype(np.float32) - np.float32(low)
+    shares *= 255 / (high - low) if high > low else 0
+    return shares.clip(0, 255).round().astype(np.uint8)
+
+
 def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """(H, W) uint8 class ids -> (H, W, 3) uint8 RGB; ids outside the palette (C, 3) are hatched."""
     known = labels < len(palette)
@@ -115,8 +143,8 @@ def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Blends an image (H, W, 3) uint8 RGB and the colours of class ids (H, W), half and half."""
-    return cv2.addWeighted(image, 0.5, colorize(labels, palette), 0.5, 0)
+    """Blends an image (H, W, K) and the colours of class ids (H, W), half and half."""
+    return cv2.addWeighted(as_rgb(image), 0.5, colorize(labels, palette), 0.5, 0)
 
 
 def with_legend(picture: np.ndarray, palette: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
@@ -153,9 +181,9 @@ def save_panel(
 
     Args:
       path: the file; its folder is made.
-      columns: header -> one picture a row, (H, W, 3) uint8 RGB or (H, W) uint8 class ids. An id
-        that is no class is drawn hatched. Columns have equal numbers of rows and the pictures of a
-        row equal sizes.
+      columns: header -> one picture a row, (H, W, K) as `as_rgb` draws it, or (H, W) uint8 class
+        ids. An id that is no class is drawn hatched. Columns have equal numbers of rows and the
+        pictures of a row equal sizes.
       palette: (C, 3) uint8 RGB.
       class_names: C names for the legend.
       title: one line at the top.
@@ -251,7 +279,8 @@ def four(pictures: Sequence[np.ndarray], palette: np.ndarray) -> np.ndarray:
     """Puts four pictures of one size into two rows, a narrow grey line between them.
 
     Args:
-      pictures: (H, W, 3) uint8 RGB, or (H, W) uint8 class ids, hatched where an id is no class.
+      pictures: (H, W, K) as `as_rgb` draws it, or (H, W) uint8 class ids, hatched where an id is
+        no class.
       palette: (C, 3) uint8 RGB.
 
     Returns:
@@ -503,6 +532,8 @@ def _hatch(height: int, width: int) -> np.ndarray:
 def _as_drawn(picture: np.ndarray, palette: np.ndarray, least_width: int) -> np.ndarray:
     """A picture or class ids of any size -> (h, w, 3) uint8 RGB at the size in the panel."""
     height, width = picture.shape[:2]
+    if picture.ndim == 3:
+        picture = as_rgb(picture)
     if width > _GREATEST_WIDTH:
         size = (_GREATEST_WIDTH, max(1, round(height * _GREATEST_WIDTH / width)))
         # Class ids must not be averaged.

@@ -82,14 +82,14 @@ class Experiment:
         return abstract_state(self.method, self.tx, self.mesh)
 
     def predict_image(self, network: Network, image: np.ndarray) -> np.ndarray:
-        """Returns the class ids, (H, W) uint8, of one image (H, W, 3) uint8 RGB.
+        """Returns the class ids, (H, W) uint8, of one image (H, W, K) as in `data.Source`.
 
         All of several processes call it with the same image.
         """
         return self._of_one(self.predict, network, image)
 
     def segment(self, network: Network, image: np.ndarray) -> np.ndarray:
-        """Returns the class ids, (H, W) uint8, of an image as it comes, (H, W, 3) uint8 RGB.
+        """Returns the class ids, (H, W) uint8, of an image (H, W, K) of any size.
 
         The network sees it at `data.image_size`, as the images that it was trained on; class ids at
         its own size follow from the enlarged logits.
@@ -164,7 +164,9 @@ def build(
       UserError: a field that does not fit the data set, the devices or another field.
     """
     num_classes = len(class_names)
-    model = models.build(config.model, num_classes, aux_head=config.loss.aux_weight > 0)
+    model = models.build(
+        config.model, num_classes, aux_head=config.loss.aux_weight > 0, bands=config.data.bands
+    )
     models.check_crop(config.model.backbone, model, config.data.crop_size)
     weights = class_weights(config.loss.class_weights, num_classes, labeled_pixels)
     task = methods.Task(config, model, num_classes, config.train.steps, weights)

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 import csc_jax
 from csc_jax import class_weights, data
 from csc_jax import config as config_lib
+from csc_jax.config import bands, choose
 from csc_jax.config import checks as config_checks
-from csc_jax.config import choose
 from csc_jax.data import census
 from csc_jax.errors import Interrupted, UserError
 from csc_jax.evaluation import Scores
@@ -63,7 +63,8 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
         dataset = load_data(config)
     partition = data.partition(config.data, dataset, config.seed)
     before = None
-    if choose.open_fields(config) or config.checkpoint.allow_new_unlabeled:
+    keeps_values = bands.keeps_values(config.data)
+    if choose.open_fields(config) or keeps_values or config.checkpoint.allow_new_unlabeled:
         before = _run_before(workdir)
     config = fill_open(config, dataset, partition, before and before["config"])
     if config.train.steps and config.train.epochs:
@@ -75,6 +76,9 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
     if config.checkpoint.allow_new_unlabeled and before is not None:
         # All lengths stay as the run began with them.
         steps_per_epoch = before.get("data", {}).get("steps_per_epoch") or steps_per_epoch
+    # Nor does the network come to see its images differently where some have come or gone.
+    found = (before and bands.found_by(before["config"])) or dataset.pixels
+    config = bands.with_measured(config, found)
     if config.optimizer.scale_rate:
         log.info(
             "learning rate %g: %g of the recipe, for batches of %d labelled images, times %d / %d",
