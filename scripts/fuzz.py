@@ -3,10 +3,11 @@
 Command:    python scripts/fuzz.py [--examples=3750] [--seed=0]
 Run time:   7 minutes on half a core
 
-Split lists, lists of Pascal VOC, class lists, values of labels, label files, colour masks, images,
-annotation files and files of weights, made by hypothesis: arbitrary bytes, and well-formed files
-with their parts exchanged, repeated, cut off or turned. A crash is shown with the smallest input
-that causes it, and one seed makes the same inputs again. Exit status 0 if there was none.
+Split lists, lists of Pascal VOC, class lists, values of labels, label files, colour masks, images
+of 8 bits and of bands, annotation files and files of weights, made by hypothesis: arbitrary bytes,
+and well-formed files with their parts exchanged, repeated, cut off or turned. A crash is shown with
+the smallest input that causes it, and one seed makes the same inputs again. Exit status 0 if there
+was none.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
@@ -33,7 +35,7 @@ from PIL import Image
 from csc_jax import config as config_lib
 from csc_jax import data
 from csc_jax.commands.import_annotations import import_annotations
-from csc_jax.data import class_list, codec, example, folder, pascal_voc
+from csc_jax.data import class_list, codec, example, folder, pascal_voc, raster
 from csc_jax.errors import UserError
 from csc_jax.models import weight_files
 
@@ -184,6 +186,19 @@ def read_image(scratch: Path, content: bytes) -> None:
         kept = codec.decode_image(content)
         assert kept is not None
         assert (kept == photo.pixels).all()
+
+
+def read_bands(scratch: Path, content: bytes) -> None:
+    """An image that keeps its values, of as many bands as its length says."""
+    del scratch
+    bands = (1, 3, 2, 4, 5)[len(content) % 5]
+    pixels = raster.decode(content, bands).pixels
+    assert pixels.dtype in (np.uint8, np.uint16, np.float32)
+    assert pixels.shape[2:] == (bands,)
+    assert np.isfinite(pixels).all()
+    kept = codec.decode_image(codec.encode_image(pixels))
+    assert kept is not None
+    np.testing.assert_array_equal(kept, pixels)
 
 
 def read_annotations(scratch: Path, content: bytes) -> None:
@@ -567,6 +582,59 @@ def _weight_files(draw: Any) -> bytes:
     return stream.getvalue()
 
 
+def tiff(values: np.ndarray, **tags: int) -> bytes:
+    """Returns a TIFF of (H, W, K) values as its specification says; few programs write all such.
+
+    Args:
+      values: of any type of NumPy.
+      tags: numbers to be put into the header in place of the right ones, as t259=8.
+    """
+    height, width, channels = values.shape
+    form = {"u": 1, "i": 2, "f": 3, "c": 6}[values.dtype.kind]
+    bits = 8 * values.itemsize
+    body = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    entries = {
+        256: width, 257: height, 258: [bits] * channels, 259: 1,
+        262: 1, 273: 8, 277: channels, 278: height, 279: len(body), 284: 1,
+        338: [0] * (channels - 1), 339: [form] * channels,
+    } | {int(name[1:]): number for name, number in tags.items()}  # fmt: skip
+    at = 8 + len(body)
+    lists, rows = b"", b""
+    for tag, given in sorted(entries.items()):
+        numbers = given if isinstance(given, list) else [given]
+        if not numbers:
+            continue
+        kind, packed = 4, struct.pack(f"<{len(numbers)}I", *(n % 2**32 for n in numbers))
+        if len(packed) > 4:
+            packed, lists = struct.pack("<I", at + len(lists)), lists + packed
+        rows += struct.pack("<HHI", tag, kind, len(numbers)) + packed
+    start = struct.pack("<2sHI", b"II", 42, at + len(lists))
+    return start + body + lists + struct.pack("<H", len(rows) // 12) + rows + bytes(4)
+
+
+@st.composite
+def _tiffs(draw: Any) -> bytes:
+    """A small TIFF, mostly right, of a number of channels and a type."""
+    kind = draw(st.sampled_from(["u1", "u2", "f4", "f4", "f8", "i2", "u4", "f2", "c8"]))
+    shape = (3, 4, draw(st.sampled_from([1, 1, 2, 3, 3, 4, 5])))
+    values = np.arange(np.prod(shape)).reshape(shape).astype(kind)
+    if draw(st.integers(0, 9)) == 0:
+        values[0] = np.float32("nan") if values.dtype.kind == "f" else 0
+    numbers = st.sampled_from([0, 1, 2, 3, 5, 6, 8, 16, 70000, 2**31, 2**32 - 1])
+    wrong = st.dictionaries(
+        st.sampled_from([f"t{tag}" for tag in (254, 256, 257, 258, 259, 262, 273, 274, 277, 278)]
+                        + ["t279", "t284", "t317", "t322", "t323", "t338", "t339"]),
+        numbers, max_size=2,
+    )  # fmt: skip
+    return tiff(values, **draw(st.one_of(st.just({}), wrong)))
+
+
+_TIFFS = _tiffs()
+_PAGES = st.builds(
+    lambda count, kind: cv2.imencodemulti(".tiff", [np.eye(4, 5, dtype=kind)] * count)[1].tobytes(),
+    st.integers(1, 5),
+    st.sampled_from([np.uint8, np.uint16, np.float32]),
+)
 _ANYTHING = st.binary(max_size=200)
 _IMAGE_FILES = st.one_of(
     *(_LABEL_FILES, _mutated(_LABEL_FILES), _pngs(), _mutated(_pngs()), _ANYTHING)
@@ -585,6 +653,10 @@ READERS: dict[str, tuple[Reader, st.SearchStrategy[bytes]]] = {
     "label": (read_label, _IMAGE_FILES),
     "colour mask": (read_color_mask, _IMAGE_FILES),
     "image": (read_image, _IMAGE_FILES),
+    "bands": (
+        read_bands,
+        st.one_of(_TIFFS, _mutated(_TIFFS), _PAGES, _mutated(_PAGES), _IMAGE_FILES),
+    ),
     "annotations": (
         read_annotations,
         st.one_of(_ANNOTATIONS, _ANNOTATIONS, _mutated(_ANNOTATIONS), _ANYTHING),

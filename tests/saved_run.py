@@ -9,6 +9,7 @@ from tiny import tiny_config
 
 from csc_jax import config as config_lib
 from csc_jax import data
+from csc_jax.config import bands
 from csc_jax.training.checkpoint import Checkpointer
 from csc_jax.training.experiment import build
 from csc_jax.training.loop import describe
@@ -21,6 +22,7 @@ def save_run(folder: Path, **overrides: object) -> ConfigDict:
     config = tiny_config(folder, **overrides)
     dataset = data.load(config.data)
     resolved = config_lib.resolve(config, steps_per_epoch=1)
+    resolved = bands.with_measured(resolved, dataset.pixels)
     experiment = build(resolved, dataset.class_names, dataset.palette)
     with Checkpointer(folder) as checkpointer:
         state = experiment.compile_init()().replace(step=jnp.int32(STEP))

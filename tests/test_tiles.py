@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from csc_jax.config import default_config
 from csc_jax.deploy import tiles
 from csc_jax.errors import UserError
 from csc_jax.evaluation.predict import Extras, predict_folder
@@ -30,6 +31,9 @@ def test_tiles_cover_each_pixel_once_with_its_surroundings(height, width, tile, 
             assert first == 0 or first - start >= overlap // 2
             assert last == length or start + size - last >= overlap // 2
     assert (times == 1).all()
+
+
+RGB = default_config().data
 
 
 def brightest(image):
@@ -66,7 +70,7 @@ def test_a_tiff_comes_back_whole_and_where_it_was(rasterio, tmp_path):
     place = rasterio.Affine(0.2, 0, 500_000, 0, -0.2, 5_400_000)
     path = save(rasterio, tmp_path / "a.tif", image, crs="EPSG:32632", transform=place)
     out, confidence = tmp_path / "ids.tif", tmp_path / "confidence.tif"
-    size = tiles.segment(brightest, PALETTE, path, out, confidence, tile=64, overlap=16)
+    size = tiles.segment(brightest, PALETTE, path, out, confidence, tile=64, overlap=16, data=RGB)
     assert size == (150, 210)
     with rasterio.open(out) as file:
         np.testing.assert_array_equal(file.read(1), image.argmax(axis=-1))
@@ -77,7 +81,7 @@ def test_a_tiff_comes_back_whole_and_where_it_was(rasterio, tmp_path):
     with rasterio.open(confidence) as file:
         np.testing.assert_array_equal(file.read(1), image.max(axis=-1))
     grey = save(rasterio, tmp_path / "grey.tif", picture(70, 80, 1))
-    tiles.segment(brightest, PALETTE, grey, out, tile=64)
+    tiles.segment(brightest, PALETTE, grey, out, tile=64, data=RGB)
     with rasterio.open(out) as file:
         assert not file.read(1).any()  # equal channels: the first
         assert file.crs is None
@@ -92,11 +96,11 @@ def test_what_cannot_go_in_tiles_is_named(rasterio, tmp_path, monkeypatch):
     out = tmp_path / "out.tif"
     deep = save(rasterio, tmp_path / "deep.tif", picture().astype(np.uint16))
     with pytest.raises(UserError, match="3 channels of uint16; it takes uint8"):
-        tiles.segment(brightest, PALETTE, deep, out)
+        tiles.segment(brightest, PALETTE, deep, out, data=RGB)
     damaged = tmp_path / "damaged.tif"
     damaged.write_bytes(b"II*\0" + b"\xff" * 40)
     with pytest.raises(UserError, match=r"damaged\.tif cannot be segmented in tiles"):
-        tiles.segment(brightest, PALETTE, damaged, out)
+        tiles.segment(brightest, PALETTE, damaged, out, data=RGB)
     # A virtual format would have GDAL open whatever file it names.
     virtual = tmp_path / "virtual.tif"
     virtual.write_text(
@@ -105,13 +109,13 @@ def test_what_cannot_go_in_tiles_is_named(rasterio, tmp_path, monkeypatch):
         "</SimpleSource></VRTRasterBand></VRTDataset>"
     )
     with pytest.raises(UserError, match=r"virtual\.tif cannot be segmented in tiles"):
-        tiles.segment(brightest, PALETTE, virtual, out)
+        tiles.segment(brightest, PALETTE, virtual, out, data=RGB)
     path = save(rasterio, tmp_path / "strip.tif", picture(), blockysize=150, compress="deflate")
     monkeypatch.setattr(tiles, "_MOST_BLOCK", 150 * 210 * 3 - 1)
     with pytest.raises(UserError, match="stored in blocks of 31500 px"):
-        tiles.segment(brightest, PALETTE, path, out)
+        tiles.segment(brightest, PALETTE, path, out, data=RGB)
     with pytest.raises(UserError, match="The overlap is 64 px; it is at least 0"):
-        tiles.segment(brightest, PALETTE, path, out, tile=64, overlap=64)
+        tiles.segment(brightest, PALETTE, path, out, tile=64, overlap=64, data=RGB)
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
 
 

@@ -21,8 +21,8 @@ class ToyNetwork(nn.Module):
     num_classes: int
     projection_dim: int = 4
     dropout: float = 0.0
+    bands: int = 3
 
-    bands = 3
     patch = 1
     encoded_width = 8
     encoded_scale = 4

@@ -18,7 +18,9 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from csc_jax import config as config_lib
+from csc_jax import data
 from csc_jax import main as command_line
+from csc_jax.config import bands
 from csc_jax.errors import UserError
 from csc_jax.models.weight_files import locate, read_weights
 from csc_jax.models.weights import (
@@ -29,6 +31,7 @@ from csc_jax.models.weights import (
 )
 from csc_jax.state import Network
 from csc_jax.training.checkpoint import Checkpointer
+from csc_jax.training.choice import fill_open
 from csc_jax.training.experiment import build, load_data
 from csc_jax.training.loop import describe
 
@@ -73,7 +76,10 @@ def import_weights(config: ConfigDict, source: str, workdir: Path, *, strict: bo
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} already holds checkpoints; give --workdir a new folder.")
     dataset = load_data(config)
+    partition = data.partition(config.data, dataset, config.seed)
+    config = fill_open(config, dataset, partition, before=None)
     config = config_lib.resolve(config, steps_per_epoch=1)  # lengths do not matter here
+    config = bands.with_measured(config, dataset.pixels)
     experiment = build(config, dataset.class_names, dataset.palette)
     state = experiment.compile_init()()
 

@@ -260,5 +260,5 @@ def _by_rasterio(data: bytes, page: _Page) -> np.ndarray:
             if (source.height, source.width, source.count) != page[:3]:
                 raise Unusable(CORRUPT)
             return np.ascontiguousarray(source.read().transpose(1, 2, 0))
-    except (RasterioError, ValueError) as error:
+    except (RasterioError, ValueError, MemoryError) as error:
         raise Unusable(CORRUPT) from error
