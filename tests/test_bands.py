@@ -83,7 +83,7 @@ def test_what_is_measured_fills_what_is_not_given():
     c.data.name, c.data.bands = "folder", 2
     filled = fields.with_measured(c, found)
     assert (filled.data.mean, filled.data.std, filled.data.pixel_type) == ((5, 6), (1, 2), "uint16")
-    config_checks.validate(filled)
+    fields.check(filled.data)
     again = config_lib.from_plain(config_lib.to_plain(filled))
     other = {"mean": [0, 0], "std": [9, 9], "pixel_type": "uint8"}
     assert fields.with_measured(again, other).data == filled.data
@@ -355,7 +355,7 @@ def test_every_method_steps_on_images_of_bands(method, bands):
         method__blur=0.5,
     )
     config = config_lib.resolve(config, steps_per_epoch=4)
-    model = ToyNetwork(CLASSES, bands=bands)
+    model = ToyNetwork(CLASSES, config.model.projection_dim, bands=bands)
     built = methods.build(methods.Task(config, model, CLASSES, config.train.steps))
     tx = combine(built.optimizers())
     state = jax.eval_shape(lambda: init_state(built, tx, 0, {}))

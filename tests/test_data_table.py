@@ -1,14 +1,17 @@
 """Every row of the tables of docs/data.md, "What is read", by an example of it."""
 
+import importlib.util
 import io
 import json
 import logging
 import re
 import struct
+import sys
 import unicodedata
 import zlib
 from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
 import trees
@@ -17,7 +20,7 @@ from PIL import Image, ImageOps
 from trees import SIZE, picture
 
 from csc_jax import data
-from csc_jax.data import annotations, class_list, codec
+from csc_jax.data import annotations, class_list, codec, raster
 from csc_jax.errors import UserError
 
 PAGE = (Path(__file__).parents[1] / "docs/data.md").read_text()
@@ -373,6 +376,147 @@ def _(case):
     assert "passed over 1 .gif, 1 .heic" in case.caplog.text
     case.image("train/0.png", encode(picture(0), "gif"))
     case.refused(r"0\.png is corrupt or truncated, or none of JPEG, PNG, WebP, BMP, TIFF")
+
+
+# ---- Images that keep their values ---------------------------------------------------------------
+
+VALUES = "Images that keep their values"
+
+
+def deep(bands, dtype="uint16", seed=9):
+    values = np.random.default_rng(seed).integers(0, 60000, (*SIZE, bands))
+    return values.astype(dtype)
+
+
+def kept(case, suffix, content, bands):
+    """Returns an image as training sees it, in a folder of such images alone."""
+    for path in sorted((case.root / "images").rglob("*.*")):
+        path.rename(path.with_suffix(suffix))
+        path.with_suffix(suffix).write_bytes(content)
+    return case.first(bands=bands, **({} if bands != 3 else {"mean": (), "std": ()}))["image"]
+
+
+def pages(values):
+    each = [np.ascontiguousarray(values[..., k]) for k in range(values.shape[-1])]
+    return codec.cv2.imencodemulti(".tiff", each)[1].tobytes()
+
+
+@row(VALUES, "grey PNG")
+def _(case):
+    grey = deep(1)
+    for i, (suffix, content) in enumerate(
+        (
+            (".png", encode(grey[..., 0])),
+            (".tif", encode(grey[..., 0], "tiff")),
+            (".tiff", encode(grey[..., 0], "tiff", compression="tiff_lzw")),
+        )
+    ):
+        same(kept(Case(case.tmp / str(i), case.caplog), suffix, content, 1), grey)
+    smooth = SMOOTH[..., :1]
+    found = kept(Case(case.tmp / "j", case.caplog), ".jpg", encode(smooth[..., 0], "jpeg"), 1)
+    assert found.shape == smooth.shape
+    assert abs(found.astype(int) - smooth).max() <= 3
+    case.refused("image_bits is 12, .* keep their values", bands=1, image_bits=12)
+
+
+@row(VALUES, "RGB whose channels are equal")
+def _(case):
+    grey = picture(9)[..., :1]
+    same(kept(case, ".png", encode(grey.repeat(3, axis=-1)), 1), grey)
+    webp = encode(grey.repeat(3, axis=-1), "webp", lossless=True)
+    same(kept(Case(case.tmp / "w", case.caplog), ".webp", webp, 1), grey)
+
+
+@row(VALUES, "grey where three bands")
+def _(case):
+    same(kept(case, ".tif", encode(deep(1)[..., 0], "tiff"), 3), deep(1).repeat(3, axis=-1))
+
+
+@row(VALUES, "RGBA")
+def _(case):
+    rgba = with_alpha(picture(9))
+    same(kept(Case(case.tmp / "4", case.caplog), ".png", encode(rgba), 4), rgba)
+    same(kept(case, ".png", encode(rgba), 3), rgba[..., :3])
+
+
+@row(VALUES, "RGB of 16 bits")
+def _(case):
+    rgb = deep(3)
+    png, tiff = (codec.cv2.imencode(s, rgb[..., ::-1])[1].tobytes() for s in (".png", ".tiff"))
+    same(kept(Case(case.tmp / "p", case.caplog), ".png", png, 3), rgb)
+    same(kept(case, ".tif", tiff, 3), rgb)
+
+
+@row(VALUES, "TIFF of pages")
+def _(case):
+    five = deep(5)
+    same(kept(Case(case.tmp / "5", case.caplog), ".tif", pages(five), 5), five)
+    with pytest.raises(UserError, match="holds 5 pages of 1 channels, but data.bands is 4"):
+        kept(case, ".tif", pages(five), 4)
+
+
+@row(VALUES, "TIFF of 2, of more")
+def _(case):
+    for bands in (2, 5):
+        other = Case(case.tmp / str(bands), case.caplog)
+        content = fuzz.tiff(deep(bands))
+        if importlib.util.find_spec("rasterio"):
+            same(kept(other, ".tif", content, bands), deep(bands))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "rasterio", None)
+            with pytest.raises(codec.Unusable, match=f"{bands} channels of 16 bits, which needs"):
+                raster.decode(content, bands)
+
+
+@row(VALUES, "TIFF of floats")
+def _(case):
+    for i, dtype in enumerate(("float32", "float64", "int16", "int32")):
+        values = deep(1, dtype, seed=i) - (30000 if dtype == "int16" else 0.0)
+        content = fuzz.tiff(values.astype(dtype))
+        found = kept(Case(case.tmp / dtype, case.caplog), ".tif", content, 1)
+        assert found.dtype == np.float32
+        same(found, values.astype(dtype))
+
+
+@row(VALUES, "NaN or infinity")
+def _(case):
+    values = deep(1, "float32")
+    values[2, :3] = np.nan, np.inf, -np.inf
+    with pytest.raises(UserError, match=r"0\.tif holds 3 values that are NaN or infinite; fill"):
+        kept(case, ".tif", fuzz.tiff(values), 1)
+
+
+@row(VALUES, "images of several types")
+def _(case):
+    for i, path in enumerate(sorted((case.root / "images").rglob("*.png"))):
+        path.write_bytes(encode(picture(i)[..., 0] if i else deep(1)[..., 0]))
+    case.refused(
+        "images of uint8 .*and of uint16 .*on different scales|of uint16 .* uint8", bands=1
+    )
+
+
+@row(VALUES, "another number of channels")
+def _(case):
+    with pytest.raises(UserError, match=r"0\.png has 3 channels, but data.bands is 4"):
+        kept(case, ".png", encode(picture(9)), 4)
+
+
+@row(VALUES, "a TIFF whose value 0 means white")
+def _(case):
+    for tags, message in (
+        ({"t262": 0}, "whose value 0 means white"),
+        ({"t258": 12}, "has values of 12 bits; save it with 8, 16 or 32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            kept(Case(case.tmp / message[-5:], case.caplog), ".tif", fuzz.tiff(deep(1), **tags), 1)
+
+
+@row(VALUES, "more than 1 GiB")
+def _(case):
+    assert raster.MOST_BYTES == 1 << 30
+    content = fuzz.tiff(deep(1, "float32"), t256=1 << 13, t257=1 << 14, t277=3)
+    with pytest.raises(UserError, match=r"says that it holds 1610612736 bytes"):
+        kept(case, ".tif", content, 1)
 
 
 # ---- Labels --------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def check(data: ConfigDict) -> None:
             example = ",".join(["1"] * data.bands)
             raise UserError(
                 f"data.{name} is {tuple(numbers)}, but data.bands is {data.bands}; it takes a "
-                f"number for each band, as in --config.data.{name}=({example},), or () to have it "
+                f"number for each band, as in --config.data.{name}={example}, or () to have it "
                 "measured."
             )
     if (len(data.mean) == 0) != (len(data.std) == 0):

@@ -125,10 +125,11 @@ def _decode_raw(data: bytes) -> np.ndarray | None:
         length = size * math.prod(shape)
         if not 0 < length <= _MOST_RAW:
             return None
-        planes = zlib.decompressobj().decompress(memoryview(data)[_RAW.size :], length)
+        inflate = zlib.decompressobj()
+        planes = inflate.decompress(memoryview(data)[_RAW.size :], length + 1)
     except (struct.error, KeyError, zlib.error, OverflowError):
         return None
-    if len(planes) != length:
+    if len(planes) != length or not inflate.eof:
         return None
     values = np.frombuffer(planes, np.uint8).reshape(size, -1).T
     native = dtype.newbyteorder("=")

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 
 IGNORE = 255
-_CHANNELS = 4  # that OpenCV resizes at once
+# Channels that OpenCV interpolates at once, and exactly: with others it rounds places to 1/32 px.
+_CHANNELS = (1, 3, 4)
 
 
 def resize(
@@ -109,10 +110,11 @@ def _bilinear(
 
 
 def _of_channels(image: np.ndarray, act: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Returns what OpenCV makes of (H, W, K); it takes few channels, and drops an axis of one."""
+    """Returns what OpenCV makes of (H, W, K); it drops an axis of one channel."""
+    together = image.shape[-1] if image.shape[-1] in _CHANNELS else 1
     parts = [
-        act(np.ascontiguousarray(image[..., first : first + _CHANNELS]))
-        for first in range(0, image.shape[-1], _CHANNELS)
+        act(np.ascontiguousarray(image[..., first : first + together]))
+        for first in range(0, image.shape[-1], together)
     ]
     parts = [part if part.ndim == 3 else part[..., None] for part in parts]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
