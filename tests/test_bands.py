@@ -1,5 +1,6 @@
 """Images that keep the values of their files: grey, multispectral, of 16 bits and of floats."""
 
+import importlib.util
 import logging
 
 import cells
@@ -20,6 +21,7 @@ from csc_jax import config as config_lib
 from csc_jax.config import bands as fields
 from csc_jax.config import checks as config_checks
 from csc_jax.data import codec, moments, raster, transforms
+from csc_jax.deploy import export as export_lib
 from csc_jax.deploy import predict_files as predict_files_lib
 from csc_jax.deploy import tiles
 from csc_jax.errors import UserError
@@ -87,8 +89,9 @@ def test_what_is_measured_fills_what_is_not_given():
     again = config_lib.from_plain(config_lib.to_plain(filled))
     other = {"mean": [0, 0], "std": [9, 9], "pixel_type": "uint8"}
     assert fields.with_measured(again, other).data == filled.data
-    assert fields.found_by(config_lib.to_plain(filled))["mean"] == [5, 6]
-    assert fields.found_by(config_lib.to_plain(c)) is None
+    assert fields.found_by(config_lib.to_plain(filled), 2)["mean"] == [5, 6]
+    assert fields.found_by(config_lib.to_plain(filled), 1) is None
+    assert fields.found_by(config_lib.to_plain(c), 2) is None
     c.data.mean = c.data.std = (3.0, 4.0)
     assert fields.with_measured(c, found).data.mean == (3, 4)
 
@@ -474,6 +477,35 @@ def test_files_for_a_network_of_bands(run, tmp_path):
     pytest.importorskip("av")
     with pytest.raises(UserError, match="frames are RGB of 8 bits, but the network was trained"):
         predict(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(
+    "file_format",
+    [
+        "safetensors",
+        pytest.param("stablehlo", marks=pytest.mark.parity),
+        pytest.param("onnx", marks=pytest.mark.parity),
+    ],
+)
+def test_exported_files_take_the_same_images(run, file_format, tmp_path):
+    needed = {"stablehlo": ("flatbuffers",), "onnx": ("jax2onnx", "onnxruntime")}
+    for package in needed.get(file_format, ()):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    folder, config = run
+    out = tmp_path / f"net.{file_format}"
+    size = (32, 32) if file_format == "onnx" else None
+    # Compares the file with the run on images of its bands and type, and refuses to keep another.
+    export_lib.export(config, folder / "w", "latest", file_format=file_format, out=out, size=size)
+    if file_format == "onnx":
+        return
+    loaded = csc_jax.load(out)
+    assert loaded.description.config.data.pixel_type == "uint16"
+    path = folder / "data/images/val/000.tif"
+    expected = csc_jax.load(folder / "w").predict(path)
+    np.testing.assert_allclose(loaded.predict(path).confidence, expected.confidence, atol=1e-4)
+    with pytest.raises(UserError, match="the network was trained on 1"):
+        loaded.predict(np.zeros((8, 8, 4), np.uint16))
 
 
 @pytest.mark.parity

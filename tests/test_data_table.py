@@ -416,7 +416,6 @@ def _(case):
     found = kept(Case(case.tmp / "j", case.caplog), ".jpg", encode(smooth[..., 0], "jpeg"), 1)
     assert found.shape == smooth.shape
     assert abs(found.astype(int) - smooth).max() <= 3
-    case.refused("image_bits is 12, .* keep their values", bands=1, image_bits=12)
 
 
 @row(VALUES, "RGB whose channels are equal")
@@ -451,7 +450,7 @@ def _(case):
 def _(case):
     five = deep(5)
     same(kept(Case(case.tmp / "5", case.caplog), ".tif", pages(five), 5), five)
-    with pytest.raises(UserError, match="holds 5 pages of 1 channels, but data.bands is 4"):
+    with pytest.raises(UserError, match="holds 5 pages of 1 channels, but"):
         kept(case, ".tif", pages(five), 4)
 
 
@@ -481,7 +480,7 @@ def _(case):
 @row(VALUES, "NaN or infinity")
 def _(case):
     values = deep(1, "float32")
-    values[2, :3] = np.nan, np.inf, -np.inf
+    values[2, :3, 0] = np.nan, np.inf, -np.inf
     with pytest.raises(UserError, match=r"0\.tif holds 3 values that are NaN or infinite; fill"):
         kept(case, ".tif", fuzz.tiff(values), 1)
 
@@ -490,9 +489,7 @@ def _(case):
 def _(case):
     for i, path in enumerate(sorted((case.root / "images").rglob("*.png"))):
         path.write_bytes(encode(picture(i)[..., 0] if i else deep(1)[..., 0]))
-    case.refused(
-        "images of uint8 .*and of uint16 .*on different scales|of uint16 .* uint8", bands=1
-    )
+    case.refused(r"images of uint16 \(the first is train/0\) and of uint8 .* scales", bands=1)
 
 
 @row(VALUES, "another number of channels")

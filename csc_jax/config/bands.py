@@ -47,14 +47,15 @@ def with_measured(config: ConfigDict, found: Mapping[str, Any] | None) -> Config
     return config
 
 
-def found_by(plain: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Returns what a run has found, as `with_measured` takes it.
+def found_by(plain: Mapping[str, Any], bands: int) -> Mapping[str, Any] | None:
+    """Returns what a run has found, as `with_measured` takes it; None if it is of other bands.
 
     Args:
-      plain: `to_plain` of its config; one that is not resolved has found nothing.
+      plain: `to_plain` of its config, or {}.
+      bands: `data.bands`.
     """
     found = {name: plain.get(f"data.{name}") for name in _FIELDS}
-    return found if all(found.values()) else None
+    return found if all(found.values()) and plain["data.bands"] == bands else None
 
 
 def check(data: ConfigDict) -> None:

@@ -60,7 +60,7 @@ def score(
     out = _make_folder(workdir)
     run = _described(workdir, checkpoint)
     class_names = tuple(run["class_names"])
-    config = bands.with_measured(config, bands.found_by(run["config"]))
+    config = bands.with_measured(config, bands.found_by(run["config"], config.data.bands))
     dataset = data.load(config.data)
     if dataset.class_names != class_names:
         raise UserError(
@@ -119,7 +119,7 @@ def restore(config: ConfigDict, workdir: Path, checkpoint: str) -> tuple[Experim
     config = config_lib.resolve(config, steps_per_epoch=1)  # lengths do not matter here
     with Checkpointer(workdir, read_only=True) as checkpointer:
         run = checkpointer.describe(checkpoint)
-        config = bands.with_measured(config, bands.found_by(run["config"]))
+        config = bands.with_measured(config, bands.found_by(run["config"], config.data.bands))
         palette = np.asarray(run["palette"], np.uint8)
         experiment = build(config, tuple(run["class_names"]), palette)
         restored = checkpointer.restore(experiment.abstract_state(), checkpoint)

@@ -77,8 +77,8 @@ def train(config: ConfigDict, workdir: Path) -> Scores:
         # All lengths stay as the run began with them.
         steps_per_epoch = before.get("data", {}).get("steps_per_epoch") or steps_per_epoch
     # Nor does the network come to see its images differently where some have come or gone.
-    found = (before and bands.found_by(before["config"])) or dataset.pixels
-    config = bands.with_measured(config, found)
+    found = before and bands.found_by(before["config"], config.data.bands)
+    config = bands.with_measured(config, found or dataset.pixels)
     if config.optimizer.scale_rate:
         log.info(
             "learning rate %g: %g of the recipe, for batches of %d labelled images, times %d / %d",
