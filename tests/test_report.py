@@ -387,6 +387,8 @@ def test_fields_are_told_apart_by_who_set_them(copy):
     assert "train.steps 0 6 command line" in page.text
     assert "optimizer.name sgd adamw config" in page.text
     assert "seed 0" not in page.text.partition("set by")[2].partition("Run time")[0]
+    (copy / "launches.jsonl").write_text(lines.replace("--config=own.py", "demo"))
+    assert "The run began with" not in Page(report.page(copy)).text  # csc-jax demo names no config
 
 
 def test_the_census_is_shown_where_there_is_one(copy):
