@@ -49,7 +49,7 @@ _LEGEND_LINE = 24
 _SWATCH = 14
 _LETTER = 7  # mean width at font size 9, rounded up
 _TITLE_LETTER = 11  # likewise of a title
-_DRAWN = (2, 98)  # percentiles of a band that are black and white
+_DRAWN = (0.5, 99.5)  # percentiles of a band that are black and white
 _LOOKED_AT = 1 << 20  # pixels that they are taken of, about
 _HATCH_PERIOD = 8
 _LONGEST_NAME = 40  # characters of a class or file; a legend is as wide as its longest entry
@@ -113,8 +113,8 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
     """Returns how an image (H, W, K) is drawn, (H, W, 3) uint8 RGB.
 
     Its first three bands are red, green and blue; one band is grey, and with two blue is black.
-    Values of 8 bits are drawn as they are, others from black at their 2nd percentile, band by band,
-    to white at the 98th.
+    Values of 8 bits are drawn as they are, others from black at percentile 0.5, band by band, to
+    white at percentile 99.5.
     """
     bands = image[..., :3]
     if bands.dtype != np.uint8:
