@@ -4,7 +4,7 @@ Command:    csc-jax train --config=folder --config.data.root=DIR --workdir=W
             DIR holds images/, labels/ and classes.txt.
             Crop, batch and steps are chosen from the data (docs/own_images.md).
 Hardware:   meant for one GPU with 24 GB, on which this project has not run it yet.
-Run time:   not measured on a GPU; 6 minutes of CPU time on one core for 120 steps of a small network
+Run time:   not measured on a GPU; 6 minutes of CPU time on one core for 120 steps of a small net
             on 80 images of 144 x 192 px (docs/own_images.md has the command).
 Expected:   depends on the data; compare with --config.method.name=supervised. Those 120 steps, from
             12 labelled CamVid frames, came to a mIoU of 30.5 on 20 val images (seed 0, one run).
