@@ -187,6 +187,34 @@ def test_what_cudnn_computes_has_the_flop_of_its_convolution():
     assert found == {f"cudnn-conv.{i}": expected for i in (1, 2, 3)}
 
 
+ATTENTION = """HloModule jit_attend, num_partitions=1
+
+ENTRY %main (q: bf16[2,9,6,64], k: bf16[2,9,6,64], m: f32[2,6,9]) -> bf16[2,6,9,64] {
+  %q = bf16[2,9,6,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,9,6,64]{3,2,1,0} parameter(1)
+  %m = f32[2,6,9]{2,1,0} parameter(2)
+  %forward = (bf16[2,6,9,64]{3,1,2,0}, f32[2,6,9]{2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax", operand_layout_constraints={bf16[2,9,6,64]{3,2,1,0}}
+  %backward = (bf16[2,6,9,64]{3,1,2,0}, bf16[2,6,9,64]{3,1,2,0}, bf16[2,6,9,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k, %m, %q, /*index=5*/%k), custom_call_target="__cudnn$fmhaSoftmaxBackward"
+  ROOT %out = bf16[2,6,9,64]{3,1,2,0} get-tuple-element(%forward), index=0
+}
+"""  # noqa: E501
+
+
+def test_fused_attention_has_the_flop_of_its_products():
+    program = Program(ATTENTION)
+    found = {
+        execution.instruction.name: product
+        for execution in program.executions
+        for product in program.products(execution)
+    }
+    one = 2 * 2 * 6 * 9 * 9 * 64  # of queries with keys, for two images and six heads
+    assert {name: product.flops for name, product in found.items()} == {
+        "forward": 2 * one,
+        "backward": 5 * one,
+    }
+    assert {product.dtype for product in found.values()} == {"bf16"}
+
+
 def test_asynchronous_and_grouped_exchanges():
     gather, total, once = Program(TEXT).collectives()
     assert (gather.kind, gather.bytes, gather.devices) == ("all-gather", 8 * 10 * 10 * 32 * 4, 4)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from csc_jax import models
-from csc_jax.models import DPT, vit
+from csc_jax.models import DPT, plain, vit
 from csc_jax.models.weights import convert_torch_state_dict, to_torch_state_dict
 
 GOLDEN = Path(__file__).parent / "golden" / "network"
@@ -288,3 +288,39 @@ def test_positions_at_their_own_size_are_not_touched():
         assert vit.resize_positions(grid, (5, 5), *options) is grid
         flat = vit.resize_positions(jnp.ones((5, 5, 1)), (7, 2), *options)
         np.testing.assert_allclose(flat, 1.0, atol=1e-6)
+
+
+def test_fused_attention_is_for_half_precision_and_never_exported(monkeypatch):
+    monkeypatch.setattr(vit.devices, "platform", lambda: "gpu")
+    monkeypatch.setattr(vit.devices, "has_tf32", lambda: True)
+    asked = []
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *_, implementation: asked.append(implementation)
+    )
+    half, single = (jnp.zeros((1, 3, 2, 8), dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    vit.attend(half, half, half)
+    vit.attend(single, single, single)
+    with plain.convolutions():
+        vit.attend(half, half, half)
+    assert asked == ["cudnn", "xla", "xla"]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_attention_on_a_cpu_is_that_of_jax(dtype, tolerance):
+    keys = jax.random.split(jax.random.key(0), 4)
+    *given, weight = (3 * jax.random.normal(key, (2, 7, 3, 8)) for key in keys)
+
+    def values_of(function, dtype):
+        def loss(given):
+            y = function(*(x.astype(dtype) for x in given))
+            assert y.dtype == dtype
+            return jnp.sum(y.astype(jnp.float32) * weight), y
+
+        (_, y), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(given)
+        return [y, *gradients]
+
+    expected = values_of(jax.nn.dot_product_attention, jnp.float32)
+    found = values_of(vit.attend, dtype)
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=tolerance * scale)

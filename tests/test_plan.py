@@ -109,6 +109,8 @@ def test_the_largest_arrays_have_the_names_of_modules():
         ("cityscapes", {"data.cityscapes.extra": True}, 19, 2975 + 19_998 - 372),
         ("pascal_voc", {}, 21, 10_582 - 1323),
         ("pascal_voc", {"data.pascal_voc.pool": "classic"}, 21, 10_582 - 183),
+        ("ade20k", {}, 150, 20_210 - 2527),
+        ("coco", {}, 81, 118_287 - 14_786),
         ("camvid", {}, 11, 367 - 46),
         ("camvid", {"data.labeled_fraction": "1"}, 11, 367),
     ],
@@ -255,6 +257,16 @@ def v5e():
 def toy_config(monkeypatch, **overrides):
     monkeypatch.setattr(models, "build", lambda config, classes, aux_head: ToyNetwork(classes))
     return tiny_config(parallel__devices=0, model__projection_dim=4, **overrides)
+
+
+def test_a_missing_cudnn_is_named_with_its_package(monkeypatch):
+    def lower(*_):
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr(plan, "lower_step", lower)
+    here = chips.Topology("h100:1", H100, "jax", jax.devices()[:1], 1)
+    with pytest.raises(UserError, match="nvidia-cudnn-cu12"):
+        plan.compile_for(tiny_config(), here, plan.DataSet(3, 100))
 
 
 def test_slices_that_cannot_be_are_refused(v5e):

@@ -1,7 +1,7 @@
-"""A switch to convolutions that are XLA's alone, for programs that go elsewhere.
+"""A switch to convolutions and attention that are XLA's alone, for programs that go elsewhere.
 
-The faster paths of `convolution` and `depthwise` ask for sizes and for the platform while they are
-traced. An exported program is one for all sizes and platforms, and converters know no
+The faster paths of `convolution`, `depthwise` and `vit` ask for sizes and for the platform while
+they are traced. An exported program is one for all sizes and platforms, and converters know no
 `platform_dependent`.
 """
 
@@ -13,13 +13,13 @@ _plain = ContextVar("csc_jax_plain_convolutions", default=False)
 
 
 def is_on() -> bool:
-    """Whether what is being traced is to hold plain convolutions."""
+    """Whether what is being traced is to hold plain convolutions and attention."""
     return _plain.get()
 
 
 @contextlib.contextmanager
 def convolutions() -> Iterator[None]:
-    """Has what is traced inside take plain convolutions; results are the same up to rounding."""
+    """Has what is traced inside take plain ones, of attention too; the same up to rounding."""
     token = _plain.set(True)
     try:
         yield

@@ -101,7 +101,7 @@ class Collective(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A matrix product or convolution."""
+    """A matrix product or convolution, or what an attention consists of, as one."""
 
     flops: int  # 2 for each multiplication with an element that is no padding
     dtype: str  # of the factors
@@ -299,6 +299,11 @@ class Program:
         elif line.opcode == "convolution" or target.startswith("__cudnn$conv"):
             lhs = factors[0][0]
             flops = _convolution(line, lhs.dims, factors[1][0].dims, target)
+        elif target.startswith("__cudnn$fmha"):
+            # (B, N, T, K / T) each. Scores and mixture; backward the scores again, two of each.
+            lhs = factors[0][0]
+            flops = 2 * (5 if "Backward" in target else 2) * math.prod(lhs.dims)
+            flops *= factors[1][0].dims[1]
         else:
             return None
         precision = line.attribute("algorithm") or line.attribute("operand_precision")

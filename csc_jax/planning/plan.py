@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from csc_jax import config as config_lib
 from csc_jax import data
 from csc_jax.config import bands, choose
-from csc_jax.data import camvid, cityscapes, pascal_voc, synthetic
+from csc_jax.data import ade20k, camvid, cityscapes, coco, pascal_voc, synthetic
 from csc_jax.errors import UserError
 from csc_jax.planning.chips import HOP, Chip, Topology, topology
 from csc_jax.planning.hlo import COLLECTIVES, FREE, Collective, Product, Program
@@ -141,7 +141,8 @@ def compile_for(config: ConfigDict, hardware: Topology, known: DataSet) -> Plan:
     """Compiles the step that `config` describes and reads the program.
 
     Raises:
-      UserError: a field does not fit the hardware, or the step does not compile.
+      UserError: a field does not fit the hardware, cuDNN is needed and missing, or the step does
+        not compile.
     """
     steps_per_epoch = max(1, (known.unlabeled or 0) // config.batch.unlabeled)
     config = bands.with_measured(config_lib.resolve(config, steps_per_epoch), None)
@@ -156,7 +157,16 @@ def compile_for(config: ConfigDict, hardware: Topology, known: DataSet) -> Plan:
     begin = time.perf_counter()
     state = built.abstract_state()
     step = compile_step(built.method, built.tx, built.mesh, state)
-    lowered = lower_step(step, state, data.abstract_batch(config))
+    try:
+        lowered = lower_step(step, state, data.abstract_batch(config))
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise UserError(
+            f"A step of {config.model.backbone} in {config.model.dtype} asks for the version of "
+            "cuDNN, whose attention it takes on GPUs, and cuDNN is not installed: pip install -e "
+            "'.[gpu]', or nvidia-cudnn-cu12 alone. It needs no GPU."
+        ) from error
     traced = time.perf_counter()
     what = f"compiling the step of {config.method.name} for {hardware.name}"
     try:
@@ -281,6 +291,10 @@ def _data_set(config: ConfigDict, classes: int | None, unlabeled: int | None) ->
         names, train = cityscapes.CLASS_NAMES, 2975
     elif config.data.name == "pascal_voc":
         names, train = pascal_voc.CLASS_NAMES, 10_582
+    elif config.data.name == "ade20k":
+        names, train = ade20k.CLASS_NAMES, 20_210
+    elif config.data.name == "coco":
+        names, train = coco.CLASS_NAMES, 118_287
     else:
         names, train = (), 0
     if classes is None and not names:
