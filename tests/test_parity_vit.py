@@ -10,9 +10,11 @@ from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from benchmarks import torch_transformer  # noqa: E402
 from parity_torchvision import load_torchvision  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
+from csc_jax import models  # noqa: E402
 from csc_jax.models import vit  # noqa: E402
 from csc_jax.models.transformer_weights import NAMINGS  # noqa: E402
 from csc_jax.models.vit import FORMS, ViT  # noqa: E402
@@ -187,3 +189,37 @@ def test_positions_are_resized_as_in_the_published_code(size, antialias):
     )
     found = vit.resize_positions(jnp.asarray(grid), size, offset, antialias)
     np.testing.assert_allclose(found, expected[0].numpy().transpose(1, 2, 0), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "patches"), [("vit_tiny", (8, 8)), ("vit_tiny", (3, 5)), ("dinov2_small_reg", (2, 3))]
+)
+def test_network_of_the_benchmark_matches_ours(name, patches):
+    theirs = shaken(torch_transformer.DPT(5, name, projection_dim=6))
+    ours = models.DPT(5, name, projection_dim=6)
+    shapes = jax.eval_shape(lambda: models.initialize(ours, jax.random.key(0)))
+    variables = convert_torch_state_dict(arrays(theirs), shapes)
+    x = image(*(n * FORMS[name].patch for n in patches))
+    sides = (8 * n for n in patches)
+    weight = np.random.default_rng(1).standard_normal((2, *sides, 5 + 6)).astype(np.float32)
+
+    def loss(params):
+        outputs = ours.apply({"params": params}, x, train=False)
+        return jnp.sum(jnp.concatenate([outputs.logits, outputs.projection], -1) * weight), outputs
+
+    with jax.default_matmul_precision("highest"):
+        grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (_, outputs), gradients = grad(variables["params"])
+    logits, projection = theirs(to_torch(x))
+    (torch.cat([logits, projection], 1) * to_torch(weight)).sum().backward()
+    for found, expected in ((outputs.logits, logits), (outputs.projection, projection)):
+        expected = expected.detach().numpy().transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    learnt = dict(theirs.named_parameters())
+    for key, found in to_torch_state_dict({"params": gradients}).items():
+        expected = learnt[key].grad
+        if expected is None:  # of the mask token and of the deepest level's first unit
+            assert not found.any(), key
+        elif not key.endswith(("pos_embed", "attn.qkv.bias")):  # rounding errors in part
+            scale = np.abs(expected.numpy()).max()
+            np.testing.assert_allclose(found, expected, atol=1e-3 * scale, err_msg=key)

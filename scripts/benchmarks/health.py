@@ -71,10 +71,17 @@ def _bare_step(
     """`train_step` without the norm of the gradient and without its way out."""
     key = jax.random.fold_in(jax.random.key(method.task.config.seed), state.step)
     loss_key, update_key = jax.random.split(key)
-    grad = jax.value_and_grad(method.loss, has_aux=True)
-    (loss, outputs), gradients = grad(state.trained, state, batch, loss_key)
-    updates, opt_state = tx.update(gradients, state.opt_state, state.trained)
-    params = optax.apply_updates(state.trained, updates)
+    trainable = method.trainable(state.trained)
+
+    def whole(trainable: dict[str, Any]) -> dict[str, Any]:
+        return {name: {**state.trained[name], **part} for name, part in trainable.items()}
+
+    def loss_of(trainable: dict[str, Any]) -> Any:
+        return method.loss(whole(trainable), state, batch, loss_key)
+
+    (loss, outputs), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+    updates, opt_state = tx.update(gradients, state.opt_state, trainable)
+    params = whole(optax.apply_updates(trainable, updates))
     new_state = state.with_trained(params, outputs.batch_stats).replace(opt_state=opt_state)
     new_state, update_metrics = method.update(new_state, outputs, update_key)
     schedule = learning_rate_schedule(method.task.config.optimizer, method.task.total_steps)

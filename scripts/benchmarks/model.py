@@ -1,12 +1,14 @@
 """`benchmark.py model`: our network and PyTorch's, and the convolutions that they are made of.
 
 Forward is in evaluation mode; forward and backward in training mode, cross entropy on the logits at
-full size. Both networks have the same layers (the tests compare their outputs). Achieved FLOP/s are
-those that XLA counts in our program, over the best that a square matrix product reaches here.
+full size. Both networks have the same layers (the tests compare their outputs). FLOP are those of
+the products in our program, shares are of the best that a square matrix product reaches here; on a
+CPU both by the seconds that its cores were busy, so that other work on the machine counts less.
 """
 
 import argparse
 import functools
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,8 @@ from benchmarks.timing import (
 )
 from csc_jax import losses, models
 from csc_jax.models.convolution import convolve
+from csc_jax.models.vit import FORMS
+from csc_jax.planning.hlo import Program
 
 DILATIONS = (1, 2, 4, 8, 12, 16, 24, 36)
 
@@ -33,8 +37,8 @@ DILATIONS = (1, 2, 4, 8, 12, 16, 24, 36)
 def run() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(prog="benchmark.py model", description=__doc__)
-    parser.add_argument("--backbone", default="resnet50", choices=models.backbones.names())
-    parser.add_argument("--size", type=int, nargs=2, default=(321, 321), help="height, width in px")
+    parser.add_argument("--backbone", default="resnet50", choices=models.names())
+    parser.add_argument("--size", type=int, nargs=2, help="height, width in px; 321 or 518 each")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--classes", type=int, default=21)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -43,26 +47,42 @@ def run() -> None:
     parser.add_argument("--convolutions", action="store_true", help="only 3x3 ones by dilation")
     parser.add_argument("--dilations", type=int, nargs="+", default=DILATIONS, help="of these")
     options = parser.parse_args()
+    options.size = options.size or 2 * ((518,) if options.backbone in FORMS else (321,))
     print(machine())
     dtype = jnp.dtype(options.dtype)
     peak = _peak(dtype)
-    print(f"{options.dtype} matrix products: {peak / 1e9:.0f} GFLOP/s")
+    what = "GFLOP/s of a core" if _on_cpu() else "GFLOP/s"
+    print(f"{options.dtype} matrix products: {peak / 1e9:.0f} {what}")
     if options.convolutions:
         _convolutions(options, dtype, peak)
         return
     for title, candidates in _networks(options, dtype).items():
-        print(f"\n{title}, {options.backbone}, {options.batch} x {options.size}:")
+        print(f"\n{title}, {options.backbone}, {options.batch} x {tuple(options.size)}:")
         timings = take_turns(
             {name: entry for name, (entry, _) in candidates.items()}, options.repeats
         )
         print(table(timings))
         for name, (_, flops) in candidates.items():
             print(_rates(name, timings[name], options.batch, flops, peak))
+        if len(timings) > 1:
+            first, *_, last = timings.values()
+            print(_pairs(first, last))
 
 
 def _rates(name: str, timing: Timing, images: int, flops: float, peak: float) -> str:
-    share = f", {flops / timing.median / peak:.0%} of the peak" if flops else ""
-    return f"{name}: {images / timing.median:.2f} images/s{share}"
+    seconds = min(timing.busy) if _on_cpu() else timing.median
+    share = f", {flops / 1e9:.0f} GFLOP, {flops / seconds / peak:.0%} of the peak"
+    return f"{name}: {images / timing.median:.2f} images/s{share if flops else ''}"
+
+
+def _pairs(first: Timing, last: Timing) -> str:
+    """Of neighbours in time, so that a machine whose speed changes does not decide."""
+    ratios = [b / a for a, b in zip(first.seconds, last.seconds, strict=True)]
+    return (
+        f"last to first row: {statistics.median(ratios):.2f}, median of {len(ratios)} pairs; "
+        f"by CPU time {min(last.busy) / min(first.busy):.2f} "
+        f"({min(last.busy):.2f} and {min(first.busy):.2f} s, the least of each)"
+    )
 
 
 def _networks(
@@ -77,6 +97,9 @@ def _networks(
     for remat in (False, True) if options.remat else (False,):
         name = "ours, remat" if remat else "ours"
         forward[name], backward[name] = _ours(options, dtype, remat, images, labels)
+    if options.backbone in FORMS and not FORMS[options.backbone].grid:
+        print("There is no DINOv3 in PyTorch here, so its rows are missing.")
+        return {"Forward": forward, "Forward and backward": backward}
     try:
         forward["PyTorch"], backward["PyTorch"] = _theirs(options, images, labels)
     except ImportError:
@@ -87,9 +110,10 @@ def _networks(
 def _ours(
     options: argparse.Namespace, dtype: Any, remat: bool, images: np.ndarray, labels: np.ndarray
 ) -> tuple[tuple[Candidate, float], tuple[Candidate, float]]:
-    network = models.DeepLabV3Plus(
-        options.classes, options.backbone, dtype=dtype, remat=remat, output_stride=8
-    )
+    build = functools.partial(models.DeepLabV3Plus, output_stride=8)
+    if options.backbone in FORMS:
+        build = models.DPT
+    network = build(options.classes, options.backbone, dtype=dtype, remat=remat)
     variables = jax.jit(lambda key: models.initialize(network, key))(jax.random.key(0))
     size = (images.shape[1], images.shape[2])
 
@@ -123,8 +147,7 @@ def _ours(
 
 
 def _counted(function: Callable[..., Any], *arguments: Any) -> tuple[Candidate, float]:
-    lowered = jax.jit(function).lower(*arguments)
-    program = lowered.compile()
+    program = jax.jit(function).lower(*arguments).compile()
     memory, times = program.memory_analysis(), in_a_row()
 
     def call() -> None:
@@ -133,9 +156,8 @@ def _counted(function: Callable[..., Any], *arguments: Any) -> tuple[Candidate, 
         jax.block_until_ready(results)
 
     entry = Candidate(call, None if memory is None else memory.temp_size_in_bytes, times=times)
-    # What a GPU computes in libraries is not counted once it is compiled.
-    counted = program if jax.default_backend() == "cpu" else lowered
-    return entry, float(counted.cost_analysis()["flops"])
+    text = Program(program.as_text())  # XLA's own analysis counts a loop's body once
+    return entry, sum(e.times * p.flops for e in text.executions for p in text.products(e))
 
 
 def _theirs(
@@ -145,11 +167,13 @@ def _theirs(
     from torch.nn import functional
 
     from benchmarks.torch_network import DeepLabV3Plus
+    from benchmarks.torch_transformer import DPT
 
     on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.backends.cudnn.benchmark = True
-    network = DeepLabV3Plus(options.classes, options.backbone).to(device)
+    build = DPT if options.backbone in FORMS else DeepLabV3Plus
+    network = build(options.classes, options.backbone).to(device)
     network = network.to(memory_format=torch.channels_last)
     pictures = torch.tensor(images.transpose(0, 3, 1, 2), device=device)
     pictures = pictures.to(memory_format=torch.channels_last)
@@ -190,10 +214,14 @@ def _theirs(
 
 def _peak(dtype: Any) -> float:
     """FLOP/s of the fastest of ten square matrix products."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192  # a smaller one does not fill a GPU
+    size = 2048 if _on_cpu() else 8192  # a smaller one does not fill a GPU
     a = jnp.ones((size, size), dtype)
     timing = take_turns({"product": candidate(jnp.matmul, a, a)}, 10)["product"]
-    return 2 * size**3 / min(timing.seconds)
+    return 2 * size**3 / min(timing.busy if _on_cpu() else timing.seconds)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def _convolutions(options: argparse.Namespace, dtype: Any, peak: float) -> None:

@@ -31,6 +31,7 @@ class Timing:
     """What was measured of one candidate."""
 
     seconds: list[float]
+    busy: list[float]  # seconds of the process on a CPU, all threads together
     rss_growth: float  # bytes, largest growth of the process's memory during a call; NaN off Linux
     temporaries: int | None
 
@@ -73,16 +74,18 @@ def side_by_side(function: Callable[..., Any], arguments: Iterable[Any]) -> list
 def take_turns(candidates: Mapping[str, Candidate], repeats: int) -> dict[str, Timing]:
     """Times every candidate `repeats` times, in turns, after one round that does not count."""
     timings = {
-        name: Timing([], float("nan"), entry.temporaries) for name, entry in candidates.items()
+        name: Timing([], [], float("nan"), entry.temporaries) for name, entry in candidates.items()
     }
     for round_ in range(repeats + 1):
         for name, entry in candidates.items():
             with _PeakMemory() as memory:
-                started = time.perf_counter()
+                started, began = time.perf_counter(), time.process_time()
                 entry.call()
+                busy = (time.process_time() - began) / entry.times
                 seconds = (time.perf_counter() - started) / entry.times
             if round_:
                 timings[name].seconds.append(seconds)
+                timings[name].busy.append(busy)
                 timings[name].rss_growth = max(memory.growth, timings[name].rss_growth)
     return timings
 
