@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks import dense
 from benchmarks.timing import Candidate, candidate, machine, table, take_turns
 from csc_jax import contrast
+from csc_jax.models.convolution import convolve
 
 
 def run() -> None:
@@ -27,8 +28,17 @@ def run() -> None:
     parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no_dense", action="store_true", help="leave out what needs much memory")
+    parser.add_argument(
+        "--head",
+        type=int,
+        default=0,
+        help="only the module with the head on maps of so many channels",
+    )
     options = parser.parse_args()
     print(machine())
+    if options.head:
+        _with_head(options)
+        return
     data = _Data(options)
     print(
         f"{options.classes} classes, S = {options.bank_size}, D = {options.dim}, "
@@ -158,3 +168,68 @@ def _parts(options: argparse.Namespace, data: _Data) -> dict[str, Candidate]:
         "sampling": candidate(sample, data.features),
         "bank update, both gates": candidate(update, data.bank, data.image_queries),
     }
+
+
+def _with_head(options: argparse.Namespace) -> None:
+    """Times DPT's projection head, sampling, L_c of each image and all gradients, by what is drawn.
+
+    Labels are squares of an eighth of the map, and four of five predictions are right.
+    """
+    keys = jax.random.split(jax.random.key(0), 8)
+    images, side, classes, dim = options.images, options.side, options.classes, options.dim
+    fused = jax.random.normal(keys[0], (images, side, side, options.head))
+    first = jax.random.normal(keys[1], (3, 3, options.head, options.head)) / 3 / options.head**0.5
+    last = jax.random.normal(keys[2], (1, 1, options.head, dim)) / options.head**0.5
+    shape = (classes, options.bank_size, dim)
+    bank = contrast.init_memory_bank(*shape)._replace(
+        features=contrast.normalize(jax.random.normal(keys[3], shape)),
+        count=jnp.full((classes,), options.bank_size, jnp.int32),
+    )
+    square = -(-side // 8)
+    labels = jax.random.randint(keys[4], (images, 8, 8), 0, classes)
+    labels = labels.repeat(square, 1).repeat(square, 2)[:, :side, :side]
+    guesses = jax.random.randint(keys[5], labels.shape, 0, classes)
+    right = jax.random.uniform(keys[6], labels.shape) < 0.8
+    predictions = jnp.where(right, labels, guesses)
+
+    def candidate_of(stride: int, *, drawn_first: bool) -> Candidate:
+        def loss(fused: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
+            maps = jax.nn.relu(convolve(fused, first, stride))
+            maps = maps if drawn_first else convolve(maps, last)
+
+            def draw(key: jax.Array, *image: jax.Array) -> contrast.Samples:
+                x, labels, predictions = image
+                order = contrast.order_by_class(
+                    key, labels.reshape(-1), predictions.reshape(-1), classes
+                )
+                queries = contrast.take_semi_hard(order, options.views)
+                return contrast.gather(x.reshape(-1, x.shape[-1]), *queries)
+
+            small = (x[:, ::stride, ::stride] for x in (labels, predictions))
+            drawn = jax.vmap(draw)(jax.random.split(keys[7], images), maps, *small)
+            features, valid = drawn.features, drawn.valid
+            features = convolve(features, last) if drawn_first else features
+            ids = jnp.broadcast_to(jnp.arange(classes)[:, None], valid.shape[1:]).reshape(-1)
+            return sum(
+                contrast.contrastive_loss(
+                    contrast.normalize(features[i]).reshape(-1, dim),
+                    ids,
+                    valid[i].reshape(-1),
+                    bank,
+                    temperature=options.temperature,
+                    top_n=options.top_n or None,
+                )
+                for i in range(images)
+            )
+
+        return candidate(jax.value_and_grad(loss, (0, 1, 2)), fused, first, last)
+
+    candidates = {
+        "from the full map": candidate_of(1, drawn_first=False),
+        "every second pixel and row": candidate_of(2, drawn_first=False),
+        "full map, last layer of drawn ones": candidate_of(1, drawn_first=True),
+    }
+    timings = take_turns(candidates, options.repeats)
+    print("\nProjection head, sampling, L_c and gradients:\n" + table(timings))
+    for name, timing in timings.items():
+        print(f"{name}: {min(timing.busy):.2f} s of CPU time, the least")
