@@ -107,14 +107,26 @@ def _filled(text: str, indent: str) -> str:
 
 def _about_mode(flag: absl_flags.Flag, mode: str) -> str:
     """Returns the part of a flag's help that is about a mode; "" if there is none."""
-    for part in re.sub(r"^<.*?>: ", "", str(flag.help)).split("; "):  # absl puts choices there
-        modes, _, meaning = part.partition(": ")
-        if mode in modes.split(", "):
+    for modes, meaning in _parts(flag):
+        if mode in modes:
             values = getattr(flag.parser, "enum_values", None)
             which = f" ({' or '.join(values)})" if values else ""
             default = f" (default: {flag.default})" if flag.default else ""
             return f"{meaning.rstrip('.')}{which}{default}"
     return ""
+
+
+def modes_of(flag: absl_flags.Flag, modes: Iterable[str]) -> list[str]:
+    """Returns those of `modes` that a flag is for, as its help says; [] if it says nothing."""
+    own = [mode for of, _ in _parts(flag) for mode in of]
+    return [mode for mode in modes if mode in own]
+
+
+def _parts(flag: absl_flags.Flag) -> list[tuple[list[str], str]]:
+    """Returns (modes, meaning) of each part of a flag's help, `predict, export: …; plan: …`."""
+    text = re.sub(r"^<.*?>: ", "", str(flag.help))  # absl puts choices there
+    split = (part.partition(": ") for part in text.split("; "))
+    return [(modes.split(", "), meaning) for modes, _, meaning in split]
 
 
 def everything(flags: str, config: ConfigDict) -> str:

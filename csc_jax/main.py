@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -246,12 +246,6 @@ def dispatch(config: ConfigDict) -> None:
         log.setLevel(logging.WARNING)
         for handler in log.handlers:
             handler.setFormatter(output.Formatter(f"process {jax.process_index()}: %(message)s"))
-    if _SAVE_PREDICTIONS.value and _MODE.value != "evaluate":
-        raise UserError(
-            f"--save_predictions goes with --mode=evaluate, not with --mode={_MODE.value}."
-        )
-    if _COMPARE.value and _MODE.value != "report":
-        raise UserError(f"--compare goes with --mode=report, not with --mode={_MODE.value}.")
     if config.debug.compilation_cache:
         use_compilation_cache()
     jax.config.update("jax_debug_nans", config.debug.nans)
@@ -329,9 +323,17 @@ def _unusable(error: OSError) -> str:
 
 
 def _check_required() -> None:
+    """Raises UserError for a flag that the mode needs, or for one that is for other modes."""
     for name, what in _REQUIRED[_MODE.value].items():
         if not flags.FLAGS[name].value:
             raise UserError(f"--{name} is missing: give {what}.")
+    for flag in flags.FLAGS.get_flags_for_module(__name__):
+        modes = command_help.modes_of(flag, _REQUIRED)
+        if flag.present and modes and _MODE.value not in modes:
+            raise UserError(
+                f"--{flag.name} goes with --mode={' or '.join(modes)}, not with "
+                f"--mode={_MODE.value}."
+            )
 
 
 def _size() -> tuple[int, int] | None:
@@ -364,19 +366,12 @@ def parse(argv: Sequence[str]) -> ConfigDict:
         field = name.removeprefix("config.").removeprefix("no")
         if field not in known and name.removeprefix("config.") not in known:
             raise UserError(_unknown_field(name.removeprefix("config."), known))
+    _check_words(argv, known)
     arguments = _with_config_path(argv)
     try:
-        rest = flags.FLAGS(arguments)
-        if len(rest) > 1:
-            if rest[1] in _commands():
-                raise UserError(f"The command comes first: csc-jax {rest[1]} --config=…")
-            raise UserError(
-                f"{rest[1]!r} is no flag; fields are set as --config.section.field=value."
-            )
+        flags.FLAGS(arguments)
         config = _CONFIG.value
         config_checks.validate(config)
-    except flags.UnrecognizedFlagError as error:
-        raise UserError(f"{error}. --helpfull lists the flags.") from error
     except flags.Error as error:
         raise UserError(str(error)) from error
     except OSError as error:  # ml-collections keeps a failure to load until the value is asked for
@@ -447,8 +442,43 @@ def _with_config_path(argv: Sequence[str]) -> list[str]:
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:
-    """Returns flag -> value of those that are given as --flag=value."""
-    return dict(a.lstrip("-").partition("=")[::2] for a in argv[1:])
+    """Returns flag -> value of those that are given as --flag=value or --flag value."""
+    return {name: value for name, value in _words(argv) if name}
+
+
+def _words(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields (flag, value), and ("", word) for a word that is the value of no flag."""
+    known = config_lib.flatten(config_lib.default_config())
+    takes_value = {f"config.{name}" for name, value in known.items() if not isinstance(value, bool)}
+    takes_value |= {name for name in flags.FLAGS if not flags.FLAGS[name].boolean}
+    words = iter(argv[1:])
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("-"):
+            yield "", word
+        else:
+            yield name, next(words, "") if not equals and name in takes_value else value
+
+
+def _check_words(argv: Sequence[str], fields: Mapping[str, object]) -> None:
+    """Raises UserError for a flag that there is not, and for a word that is no flag's value."""
+    words = list(_words(argv))
+    names = [name for name, _ in words]
+    early = names[: names.index("config")] if "config" in names else []
+    if field := next((name for name in early if name.startswith("config.")), ""):
+        raise UserError(f"--{field} changes a field of the config, and so comes after --config=….")
+    for name, word in words:
+        if not name and word in _commands():
+            raise UserError(f"The command comes first, and once: csc-jax {word} --config=…")
+        if not name and word:
+            raise UserError(f"{word!r} is no flag; fields are set as --config.section.field=value.")
+        flag = name if name in flags.FLAGS else name.removeprefix("no")
+        if name and flag not in flags.FLAGS and not name.startswith("config."):
+            flags_of_main = [f.name for f in flags.FLAGS.get_flags_for_module(__name__)]
+            near = difflib.get_close_matches(name, flags_of_main, n=1, cutoff=0.75)
+            near += [f"config.{field}" for field in _near_fields(name, fields)]
+            hint = f" Did you mean {' or '.join(f'--{each}' for each in near[:3])}?" if near else ""
+            raise UserError(f"There is no flag --{name}.{hint} --helpfull lists the flags.")
 
 
 def _stored_config(argv: Sequence[str]) -> str:
@@ -470,12 +500,16 @@ def _unknown_field(field: str, known: dict[str, object]) -> str:
     if field in sections:
         inside = ", ".join(name for name in known if name.startswith(field + "."))
         return f"--config.{field} is a section, not a field; it holds {inside}."
-    # A field is found by its own name even where the section is wrong or missing.
-    last = field.rpartition(".")[2]
-    near = difflib.get_close_matches(field, known, n=3, cutoff=0.75)
-    near += [name for name in known if name.rpartition(".")[2] == last and name not in near]
+    near = _near_fields(field, known)
     hint = f" Did you mean {' or '.join('--config.' + name for name in near[:3])}?" if near else ""
     return f"--config.{field} is not a field of the config.{hint} --helpfull lists them all."
+
+
+def _near_fields(field: str, known: Mapping[str, object]) -> list[str]:
+    """Returns fields of a like name, or of this name where the section is wrong or missing."""
+    last = field.rpartition(".")[2]
+    near = difflib.get_close_matches(field, known, n=3, cutoff=0.75)
+    return near + [name for name in known if name.rpartition(".")[2] == last and name not in near]
 
 
 if __name__ == "__main__":

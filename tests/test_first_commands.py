@@ -99,9 +99,32 @@ def test_a_mode_by_its_name_is_that_mode(monkeypatch, capsys):
         (["prepare_data", "-h"], "Did you mean prepare?"),
         (["import_weights"], "Did you mean import-weights?"),
         (["x\x1b[2J"], r"'x\x1b[2J' is no command of csc-jax. There are train, evaluate"),
-        (["--config=synthetic", "train"], "The command comes first: csc-jax train --config=…"),
-        (["train", "--config=synthetic", "evaluate"], "The command comes first: csc-jax evaluate"),
+        (["--config=synthetic", "train"], "comes first, and once: csc-jax train --config=…"),
+        (["train", "--config=synthetic", "evaluate"], "comes first, and once: csc-jax evaluate"),
+        (["train", "train"], "The command comes first, and once: csc-jax train"),
+        (["--mode=train", "evaluate"], "The command comes first, and once: csc-jax evaluate"),
         (["train", "--config=synthetic", "more"], "'more' is no flag"),
+        (["train", "--confg=folder"], "no flag --confg. Did you mean --config?"),
+        (["label", "--workdirr=W"], "no flag --workdirr. Did you mean --workdir?"),
+        (["train", "--bands=1"], "no flag --bands. Did you mean --config.data.bands?"),
+        (["train", "--data.root=D"], "no flag --data.root. Did you mean --config.data.root?"),
+        (["label", "--workdir", "nowhere"], "nowhere/config.json cannot be read"),
+        (["--mode", "evaluate", "--workdir", "nowhere"], "nowhere/config.json cannot be read"),
+        (["train", "--config.seed=1", "--config=folder"], "comes after --config=…"),
+        (
+            ["train", "--config=synthetic", "--workdir=W", "--out=x"],
+            "--out goes with --mode=predict",
+        ),
+        (
+            ["label", "--config=synthetic", "--workdir=W", "--images=x"],
+            "--images goes with --mode=",
+        ),
+        (
+            ["reproduce", "--config=folder", "--rows=csc", "--seeds=0"],
+            "argument --seeds: '0' is no number",
+        ),
+        (["demo", "--seeds=-1"], "argument --seeds: '-1' is no number"),
+        (["demo", "--methods", "nix"], "argument --methods: invalid choice: 'nix'"),
         (["prepare", "--config=synthetic", "--config.seed=x"], "--config.seed=x: "),
         (["import-weights", "--weights=W", "--workdir=W"], "--config is missing"),
         (["export-torch", "--workdir=nowhere", "--out=x"], "nowhere"),
@@ -109,10 +132,31 @@ def test_a_mode_by_its_name_is_that_mode(monkeypatch, capsys):
 )
 def test_a_slip_in_a_command_is_explained(arguments, answer, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["csc-jax", *arguments])  # where ml-collections finds fields
-    assert run(*arguments) == 2
+    if answer.startswith("argument "):  # argparse
+        with pytest.raises(SystemExit, match="2"):
+            run(*arguments)
+    else:
+        assert run(*arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.startswith(("error: ", "usage: csc-jax "))
     assert answer in error
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        (b"\x89PNG\0", "it is not Python"),
+        (b"root:x:0\n", r"it is not Python \(invalid syntax, line 1\)"),
+        (b"(" * 10_000, "it is not Python"),
+        (b"config = 1\n", "it has no function get_config"),
+    ],
+)
+@pytest.mark.parametrize("command", [["train", "--workdir=W"], ["reproduce", "--rows=csc"]])
+def test_a_file_that_is_no_config_is_explained(content, answer, command, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    assert run(*command, f"--config={file}") == 2
+    assert re.search(f"^error: --config={file} is no config: {answer}", capsys.readouterr().err)
 
 
 def completed(script: str, line: str) -> list[str]:

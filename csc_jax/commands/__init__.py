@@ -3,6 +3,7 @@
 Nothing here imports JAX, nor a command before it is asked for.
 """
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from csc_jax.errors import Interrupted, UserError
 from csc_jax.text import printable
 
-__all__ = ["NAMES", "run"]
+__all__ = ["NAMES", "at_least_one", "run"]
 
 # The module of "import-weights" is import_weights.py; its docstring says what the command does.
 NAMES = (
@@ -41,3 +42,10 @@ def run(name: str, arguments: Sequence[str]) -> int:
         print(stopped, file=sys.stderr)
         return stopped.exit_status
     return status
+
+
+def at_least_one(text: str) -> int:
+    """Returns the number that an argument of a command gives, 1 or more."""
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    return int(text)

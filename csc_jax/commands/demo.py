@@ -19,7 +19,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from csc_jax import main as command_line
+from csc_jax.commands import at_least_one
 from csc_jax.config import files as config_files
+from csc_jax.methods import available
 from csc_jax.reporting import writers
 from csc_jax.training.loop import train
 
@@ -40,9 +42,13 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=0, help="0 = those of configs/synthetic.py")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each method, seeds 0, 1, …")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--steps", type=at_least_one, help="default: those of the config synthetic")
+    parser.add_argument(
+        "--seeds", type=at_least_one, default=1, help="runs of each method, seeds 0, 1, …"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, choices=available(), metavar="METHOD"
+    )
     options = parser.parse_args(arguments)
     steps = options.steps or _config().train.steps
     print(_INTRODUCTION.format(methods=", then ".join(options.methods), steps=steps))

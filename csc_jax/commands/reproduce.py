@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import csc_jax
+from csc_jax.commands import at_least_one
 from csc_jax.commands.tables import TABLES, Changes, row_changes
 from csc_jax.config import files as config_files
 from csc_jax.errors import Interrupted
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--table", type=int, choices=TABLES, help="of the paper")
     parser.add_argument("--rows", type=_list, default=(), help="instead of a table's, by comma")
     parser.add_argument("--partitions", type=_list, default=(), help="such as 1/8,1/4")
-    parser.add_argument("--seeds", type=int, default=1, help="0, 1, … of each row")
+    parser.add_argument("--seeds", type=at_least_one, default=1, help="0, 1, … of each row")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--out", type=Path, default=Path.cwd() / "runs" / "tables")
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N")
