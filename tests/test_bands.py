@@ -24,6 +24,7 @@ from csc_jax.data import codec, moments, raster, transforms
 from csc_jax.deploy import export as export_lib
 from csc_jax.deploy import predict_files as predict_files_lib
 from csc_jax.deploy import tiles, video, weights
+from csc_jax.deploy.label import label
 from csc_jax.errors import UserError
 from csc_jax.evaluation.predict import Extras
 from csc_jax.models import first_layer
@@ -455,6 +456,16 @@ def test_a_network_takes_images_of_its_bands_and_type(run):
     ):
         with pytest.raises(UserError, match=message):
             model.predict(given)
+
+
+def test_what_to_label_next_is_asked_of_the_network_as_it_was_trained(run, tmp_path):
+    folder, config = run  # whose config leaves mean, deviation and type to be measured
+    label(config, folder / "w", "latest", tmp_path)
+    model = csc_jax.load(folder / "w")
+    masks = [tmp_path / f"masks/train/{image}.png" for image in ("006", "007")]
+    for path in masks:
+        expected = model.predict(folder / f"data/images/train/{path.stem}.tif").classes
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), expected)
 
 
 def test_files_for_a_network_of_bands(run, tmp_path, monkeypatch):

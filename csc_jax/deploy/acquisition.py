@@ -59,7 +59,7 @@ class Ranking(NamedTuple):
 
 
 def make_measure(task: Task) -> Callable[[Network, Network, np.ndarray], Measures]:
-    """Returns (network, other network, images (B, H, W, 3) uint8) -> `Measures` of B images.
+    """Returns (network, other network, images (B, H, W, K)) -> `Measures` of B images.
 
     Images are seen whole, as they are; it is compiled for each size of them. Entropy and features
     are the first network's.

@@ -105,6 +105,7 @@ def label(
             "the data that it was trained for (--config.data.name, --config.data.root)."
         )
     evaluation.check_folder(out, config.data.root, "--out")
+    config.data = experiment.config.data  # with what the run had measured
 
     of_labeled = _measure(experiment, state, source, labeled)
     found = _measure(experiment, state, source, unlabeled)
