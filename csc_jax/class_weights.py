@@ -16,6 +16,7 @@ from csc_jax.errors import UserError
 
 RULES = ("inverse_frequency", "enet")
 NONE = "none"
+_BOUNDS = 1e-9, 1e9  # of a weight that is given: float32 then holds sums of weighted losses
 
 
 def given(text: str) -> tuple[float, ...]:
@@ -30,10 +31,11 @@ def given(text: str) -> tuple[float, ...]:
         weights = tuple(float(part) for part in text.strip("() ,").split(","))
     except ValueError:
         weights = ()
-    if not weights or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+    low, high = _BOUNDS
+    if not any(weights) or not all(weight == 0 or low <= weight <= high for weight in weights):
         raise UserError(
             f"loss.class_weights is {text[:200]!r}; it takes {NONE}, {', '.join(RULES)}, or a "
-            "number for each class, finite, not below 0 and not all 0, as in "
+            f"number for each class, 0 or between {low:g} and {high:g} and not all 0, as in "
             "--config.loss.class_weights=1,2.5,0.7."
         )
     return weights

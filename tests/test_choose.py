@@ -112,6 +112,15 @@ def test_the_data_decide_and_the_log_says_why(drawn, caplog):
     assert tuple(choice.fill_open(*drawn, before=None).data.crop_size) == (28, 56)
 
 
+def test_images_smaller_than_any_crop_are_named_at_once(tmp_path):
+    small = {"data__synthetic__size": (40, 20), "model__output_stride": 32}
+    config = tiny_config(tmp_path, **OPEN | small)
+    dataset = data.load(config.data)
+    partition = data.partition(config.data, dataset, config.seed)
+    with pytest.raises(UserError, match=r"crop_size is 32x32 but the largest train image .* 40x20"):
+        choice.fill_open(config, dataset, partition, before=None)
+
+
 def test_a_run_that_has_begun_keeps_what_it_began_with(drawn, caplog):
     before = config_lib.to_plain(tiny_config(data__crop_size=(16, 24), batch__labeled=2))
     with caplog.at_level("INFO", "csc_jax"):

@@ -631,6 +631,17 @@ def test_a_wrong_root_or_name_says_the_way_out(tmp_path, name, root, message):
         data.load(config)
 
 
+@pytest.mark.parametrize("unlabeled", [0, 3])
+def test_one_labelled_image_alone_is_an_error(tmp_path, unlabeled):
+    root = tmp_path / "root"
+    for i in range(1 + unlabeled):
+        write_png(root / f"images/{i}.png", picture(i))
+    write_png(root / "labels/0.png", np.zeros(picture(0).shape[:2], np.uint8))
+    (root / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(UserError, match=r"has a label for one image alone, 0\. Label one more"):
+        data.load(data_config(tmp_path, name="folder").data)
+
+
 def test_two_images_of_one_name_are_an_error(tmp_path):
     root = trees.camvid_tree(tmp_path / "root")
     write_png(root / "images/train/train é1.png", picture(0))

@@ -139,7 +139,9 @@ def test_the_rules_by_hand():
     assert class_weights("enet", 4) == ()  # nothing was counted, as nothing is trained
 
 
-@pytest.mark.parametrize("text", ["", "enett", "1,,2", "1,nan", "1,inf", "-1,2", "0,0", "1;2"])
+@pytest.mark.parametrize(
+    "text", ["", "enett", "1,,2", "1,nan", "1,inf", "1,1e300", "1,1e-60", "-1,2", "0,0", "1;2"]
+)
 def test_what_is_no_weight_is_named(text):
     config = tiny_config()
     config.loss.class_weights = text

@@ -196,6 +196,16 @@ def validate(config: ConfigDict) -> None:
                 f"{name} is {fields[name]}; it takes the lowest and the highest value of a range "
                 f"within {low:g} and {high:g}."
             )
+    for name, default in flatten(default_config()).items():
+        is_of_numbers = isinstance(default, tuple) and not any(isinstance(n, str) for n in default)
+        if is_of_numbers and any(isinstance(part, str) for part in fields[name]):
+            raise UserError(f"{name} is {fields[name]}; it takes numbers with commas between them.")
+    crop = tuple(config.data.crop_size)
+    if any(crop) and min(crop) < 1:
+        raise UserError(
+            f"data.crop_size is {crop}; both sides must be at least 1 px, or both 0 to have them "
+            "chosen from the data."
+        )
     bands.check(config.data)
     scales = tuple(config.eval.scales)
     if not scales or min(scales) <= 0:

@@ -201,7 +201,7 @@ def decode_photo(data: bytes, bits: int = 0) -> Photo:
     else:
         deep = _decode(data, _AS_IS)
         if deep is None or deep.dtype != np.uint16:
-            raise Unusable(CORRUPT if deep is None else "has values that are no 8 or 16 bits")
+            raise Unusable(CORRUPT if deep is None else _NOT_RGB)
         pixels = _scaled(deep, bits)
     # OpenCV turns a TIFF by itself, Pillow as well.
     if orientation != 1 and kind != "TIFF":
@@ -220,7 +220,7 @@ def _scaled(deep: np.ndarray, bits: int) -> np.ndarray:
             f"has 16 bits, of which its values use {max(brightest.bit_length(), 1)} (up to "
             f"{brightest}), and would be nearly black; name the bits that the camera or the export "
             "used, for all images: --config.data.image_bits=12 for 12 of them, 16 if it is as dark "
-            "as that"
+            "as that (or data.bands, which keeps the values of images of your own)"
         )
     highest = (1 << (bits or 16)) - 1
     if brightest > highest:
@@ -356,6 +356,10 @@ def _sbd(data: bytes) -> np.ndarray:
 # ---- Both ----------------------------------------------------------------------------------------
 
 CORRUPT = "is corrupt or truncated"
+_NOT_RGB = (
+    "has values that are no 8 or 16 bits (data.bands keeps those of images of your own, as in "
+    "data.bands=1 for grey)"
+)
 _NAMES = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "BMP": "BMP", "TIFF": "TIFF"}
 _LFS = b"version https://git-lfs"
 
@@ -415,7 +419,8 @@ def check_size(width: int, height: int, pages: int) -> None:
         )
     if pages > 1:
         raise Unusable(
-            f"holds {pages} pages or frames; save each that you want as a file of its own"
+            f"holds {pages} pages or frames; save each that you want as a file of its own (pages "
+            f"that are channels of an image of your own are read with data.bands={pages})"
         )
 
 

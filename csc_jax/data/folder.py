@@ -78,6 +78,12 @@ def find(config: ConfigDict) -> Listing:
         Pair(name, file, label_of.get(name), meaning, config.image_bits, notes, kept)
         for name, file in _by_stem(images.found).items()
     ]
+    if not by_folder and len(label_of) == 1:
+        raise UserError(
+            f"data.root {root} has a label for one image alone, {next(iter(label_of))}. Label one "
+            "more: without folders images/train and images/val every fifth labelled image, and at "
+            "least one, is for validation, and a run needs another one to train on."
+        )
     splits = _by_folder(pairs, by_folder) if by_folder else _drawn(pairs)
     check_splits(splits, config.root, f"images/**/*.jpg with labels/**/*.png{images.passed_over()}")
     if "test" in splits and not any(pair.has_label for pair in splits["test"]):

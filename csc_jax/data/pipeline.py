@@ -209,8 +209,6 @@ def steps_per_epoch(config: ConfigDict, partition: Partition) -> int:
 def check_crop(config: ConfigDict, dataset: Dataset) -> None:
     """Raises UserError if no train image is as large as `crop_size` before the random resize."""
     crop, largest = tuple(config.crop_size), dataset.sources["train"].max_size
-    if min(crop) < 1:
-        raise UserError(f"data.crop_size is {crop}; both sides must be at least 1 px.")
     if crop[0] > largest[0] or crop[1] > largest[1]:
         sized = any(config.image_size)
         raise UserError(

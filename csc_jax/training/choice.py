@@ -45,6 +45,7 @@ def fill_open(
         log.info("%s = %s, chosen: %s", name, _shown(value), reason)
     config = choose.fill(config, {name: value for name, (value, _) in chosen.items()})
     config_checks.validate(config)
+    data.check_crop(config.data, dataset)
     return config
 
 

@@ -242,9 +242,9 @@ def _history(restored: Restored | None) -> list[early_stopping.Score]:
 def _log_early_end(step: int, history: list[early_stopping.Score], patience: int) -> None:
     at, miou = early_stopping.best(history)
     log.info(
-        "step %d: the val mIoU has not risen above the %.2f%% of step %d in %d evaluations, so "
+        "step %d: the val mIoU has not risen above the %.2f%% of step %d in %d evaluation%s, so "
         "training ends here (train.patience); --checkpoint=best takes the best one that is kept",
-        *(step, 100 * miou, at, patience),
+        *(step, 100 * miou, at, patience, "s" * (patience > 1)),
     )
 
 
