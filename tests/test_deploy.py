@@ -305,3 +305,14 @@ def test_the_command_predicts_what_the_model_does(run, model, tmp_path, capsys, 
     config = tiny_config(data__image_size=(8, 8))
     with pytest.raises(UserError, match=r"--tile is 64, but data\.image_size is \(8, 8\)"):
         predict_files(config, run, "latest", images, out, extras=Extras(), tile=64)
+
+
+def test_predictions_replace_no_labels(tmp_path):
+    """As with --images=DIR/images --out=DIR/labels, whose files have the same names."""
+    config = tiny_config(data__name="folder", data__root=str(tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path)
+    images = tmp_path / "images"
+    for out in (tmp_path / "labels", images / "val", tmp_path / "link" / "labels"):
+        with pytest.raises(UserError, match=r"--out=.* lies in data\.root .* replace the labels"):
+            predict_files(config, tmp_path, "latest", images, out, extras=Extras())
+        assert not out.exists()

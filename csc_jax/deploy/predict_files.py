@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from csc_jax import evaluation
 from csc_jax.config import bands
 from csc_jax.deploy import images as images_lib
 from csc_jax.deploy import tiles, video
@@ -37,6 +38,7 @@ def predict_files(
     Raises:
       UserError: a file or combination that cannot be; what is not installed is said first.
     """
+    evaluation.check_outside(out, config.data.root, "--out")
     is_video = images.suffix.lower() in video.FORMATS and images.is_file()
     if is_video:
         if extras != Extras():

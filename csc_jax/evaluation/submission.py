@@ -40,18 +40,27 @@ def check_folder(out: Path, data_root: str, flag: str = "--save_predictions") ->
     Raises:
       UserError: it cannot be made or written to, or lies where the data set's own labels are.
     """
-    root = paths.given("data.root", data_root)
+    check_outside(out, data_root, flag)
     try:
-        if data_root and out.resolve().is_relative_to(root.resolve()):
-            raise UserError(
-                f"{flag}={out} lies in data.root {data_root}, where predictions could "
-                "replace the labels. Choose a folder outside of it."
-            )
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
+    except OSError as error:
+        raise _not_written(out, error, flag) from error
+
+
+def check_outside(out: Path, data_root: str, flag: str) -> None:
+    """Raises UserError for a folder in that of a data set; arguments as those of `check_folder`."""
+    root = paths.given("data.root", data_root)
+    try:
+        inside = data_root and out.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise _not_written(out, error, flag) from error
+    if inside:
+        raise UserError(
+            f"{flag}={out} lies in data.root {data_root}, where predictions could replace the "
+            "labels or images. Choose a folder outside of it."
+        )
 
 
 class PredictionWriter:
