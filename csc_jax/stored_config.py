@@ -17,12 +17,15 @@ def get_config(workdir: str) -> ConfigDict:
     """Returns the config kept in `workdir`.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it is damaged.
     """
     path = Path(workdir) / "config.json"
     try:
-        return from_plain(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+        plain = json.loads(path.read_text())
+        if not isinstance(plain, dict):
+            raise TypeError(f"it holds a {type(plain).__name__}, and no fields")
+        return from_plain(plain)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read ({error}). Give the --workdir of a training run, or "
             "--config=FILE."

@@ -97,6 +97,19 @@ def test_values_out_of_range_are_named(field, value, message):
         config_checks.validate(config)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", "{", "\0", '{"data.bands": "x"}', '{"data.bands": 1.5}', "[" * 100_000],
+)
+def test_a_damaged_stored_config_is_named(content, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    with flagsaver.flagsaver():
+        assert main.main(["csc-jax", "label", f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/config.json cannot be read (")
+    assert "Traceback" not in error
+
+
 def test_lengths_are_resolved_into_steps():
     config = tiny_config(train__steps=0, train__epochs=2.5, method__supervised_only_epochs=1.0)
     resolved = config_lib.resolve(config, steps_per_epoch=10)

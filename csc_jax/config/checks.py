@@ -198,7 +198,7 @@ def validate(config: ConfigDict) -> None:
             )
     for name, default in flatten(default_config()).items():
         is_of_numbers = isinstance(default, tuple) and not any(isinstance(n, str) for n in default)
-        if is_of_numbers and any(isinstance(part, str) for part in fields[name]):
+        if is_of_numbers and not all(isinstance(part, int | float) for part in fields[name]):
             raise UserError(f"{name} is {fields[name]}; it takes numbers with commas between them.")
     crop = tuple(config.data.crop_size)
     if any(crop) and min(crop) < 1:
