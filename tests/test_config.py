@@ -82,6 +82,7 @@ def test_configs_survive_json():
         ("data.crop_size", (64,), "takes 2 numbers"),
         ("data.crop_size", (0, 64), r"crop_size is \(0, 64\); both sides must be at least 1 px"),
         ("data.crop_size", (-8, 64), "both sides must be at least 1 px, or both 0"),
+        ("data.crop_size", (48.5, 64), r"crop_size is \(48\.5, 64\); it takes whole numbers"),
         ("data.crop_size", ("a", "b"), r"crop_size is \('a', 'b'\); it takes numbers"),
         ("data.mean", ("nan", 1, 1), r"data\.mean is \('nan', 1, 1\); it takes numbers"),
         ("contrast.absent_classes", ("bird",), r"absent_classes is \('bird',\); it takes numbers"),

@@ -15,7 +15,7 @@ from saved_run import STEP, save_run
 from tiny import tiny_config
 
 import csc_jax
-from csc_jax import main, stored_config
+from csc_jax import evaluation, main, stored_config
 from csc_jax.data import codec, transforms
 from csc_jax.deploy import description as description_lib
 from csc_jax.deploy import weights
@@ -310,9 +310,18 @@ def test_the_command_predicts_what_the_model_does(run, model, tmp_path, capsys, 
 def test_predictions_replace_no_labels(tmp_path):
     """As with --images=DIR/images --out=DIR/labels, whose files have the same names."""
     config = tiny_config(data__name="folder", data__root=str(tmp_path))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
     (tmp_path / "link").symlink_to(tmp_path)
-    images = tmp_path / "images"
-    for out in (tmp_path / "labels", images / "val", tmp_path / "link" / "labels"):
+    images, labels = tmp_path / "Images", tmp_path / "labels"
+    images.symlink_to(elsewhere)
+    for out in (tmp_path, labels, tmp_path / "link" / "labels" / "new", elsewhere / "new"):
+        labels.mkdir(exist_ok=True)
         with pytest.raises(UserError, match=r"--out=.* lies in data\.root .* replace the labels"):
             predict_files(config, tmp_path, "latest", images, out, extras=Extras())
-        assert not out.exists()
+        assert not (tmp_path / "labels" / "new").exists()
+    # What lies beside them is free, but nothing is in a data set of other folders.
+    evaluation.check_outside(tmp_path / "runs" / "label", str(tmp_path), "--out")
+    labels.rmdir()
+    with pytest.raises(UserError, match="replace the labels"):
+        evaluation.check_outside(tmp_path / "runs" / "label", str(tmp_path), "--out")

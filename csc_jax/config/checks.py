@@ -200,6 +200,9 @@ def validate(config: ConfigDict) -> None:
         is_of_numbers = isinstance(default, tuple) and not any(isinstance(n, str) for n in default)
         if is_of_numbers and not all(isinstance(part, int | float) for part in fields[name]):
             raise UserError(f"{name} is {fields[name]}; it takes numbers with commas between them.")
+        is_whole = is_of_numbers and default and all(isinstance(n, int) for n in default)
+        if is_whole and not all(isinstance(part, int) for part in fields[name]):
+            raise UserError(f"{name} is {fields[name]}; it takes whole numbers.")
     crop = tuple(config.data.crop_size)
     if any(crop) and min(crop) < 1:
         raise UserError(

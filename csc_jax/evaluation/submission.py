@@ -50,13 +50,25 @@ def check_folder(out: Path, data_root: str, flag: str = "--save_predictions") ->
 
 
 def check_outside(out: Path, data_root: str, flag: str) -> None:
-    """Raises UserError for a folder in that of a data set; arguments as those of `check_folder`."""
+    """Raises UserError for a folder where a data set has its files.
+
+    These are `images` and `labels`, where data.root has both, and else all of it. Arguments are
+    those of `check_folder`.
+    """
+    if not data_root:
+        return
     root = paths.given("data.root", data_root)
     try:
-        inside = data_root and out.resolve().is_relative_to(root.resolve())
+        target, root = out.resolve(), root.resolve()
+        folders = [
+            folder.resolve()
+            for folder in (root.iterdir() if root.is_dir() else ())
+            if folder.name.casefold() in ("images", "labels") and folder.is_dir()
+        ]
     except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise _not_written(out, error, flag) from error
-    if inside:
+    taken = folders if len(folders) > 1 else [root]
+    if target == root or any(target.is_relative_to(folder) for folder in taken):
         raise UserError(
             f"{flag}={out} lies in data.root {data_root}, where predictions could replace the "
             "labels or images. Choose a folder outside of it."
