@@ -200,6 +200,33 @@ ENTRY %main (q: bf16[2,9,6,64], k: bf16[2,9,6,64], m: f32[2,6,9]) -> bf16[2,6,9,
 """  # noqa: E501
 
 
+STACK = """HloModule jit_scan, num_partitions=1
+
+%wrapped_update (p.0: f32[12,2,8], p.1: s32[], p.2: f32[2,8]) -> f32[12,2,8] {
+  %p.0 = f32[12,2,8]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %p.2 = f32[2,8]{1,0} parameter(2)
+  %whole = f32[1,2,8]{2,1,0} bitcast(%p.2)
+  %zero = s32[] constant(0)
+  ROOT %update = f32[12,2,8]{2,1,0} dynamic-update-slice(%p.0, %whole, %p.1, %zero, %zero)
+}
+
+ENTRY %main (a: f32[12,2,8], i: s32[], x: f32[2,8]) -> f32[12,2,8] {
+  %a = f32[12,2,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = f32[2,8]{1,0} parameter(2)
+  %start = ((f32[12,2,8]{2,1,0}, s32[], f32[2,8]{1,0}), f32[12,2,8]{2,1,0}, u32[]) fusion-start(%a, %i, %x), kind=kLoop, calls=%wrapped_update
+  ROOT %done = f32[12,2,8]{2,1,0} fusion-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_a_slice_that_is_written_beside_other_work_is_no_whole_array():
+    program = Program(STACK)
+    (start,) = (e for e in program.executions if e.instruction.opcode == "fusion-start")
+    assert program.bytes_moved(start) == 2 * 2 * 8 * 4 + 4  # read and written, and the index
+
+
 def test_fused_attention_has_the_flop_of_its_products():
     program = Program(ATTENTION)
     found = {

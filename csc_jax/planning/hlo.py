@@ -167,7 +167,9 @@ class Program:
         if instruction.opcode == "slice-start":
             whole, part = instruction.arrays[:2]
             return part.bytes * (whole.stored > 0) + part.stored
-        if instruction.opcode.endswith("-start"):  # the result holds the operands as well
+        # The result of what starts holds the operands as well.
+        asynchronous = instruction.opcode.endswith("-start")
+        if asynchronous and instruction.opcode != "fusion-start":
             return max(instruction.stored, sum(operands))
         if instruction.opcode == "dynamic-update-slice":  # in place
             return 2 * operands[1]
@@ -175,8 +177,8 @@ class Program:
             return 2 * instruction.stored
         called = instruction.attribute("calls").lstrip("%")
         fused = self.computations.get(called, {})
-        written = instruction.stored
         root = next((line for line in fused.values() if line.is_root), None)
+        written = root.stored if asynchronous and root is not None else instruction.stored
         if root is not None and root.opcode == "dynamic-update-slice":
             written = fused[root.operands[1]].stored
         if root is not None and called.startswith(_GOES_ON):  # the exchange's arrays are handed on
