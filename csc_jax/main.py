@@ -371,6 +371,11 @@ def parse(argv: Sequence[str]) -> ConfigDict:
     try:
         flags.FLAGS(arguments)
         config = _CONFIG.value
+        if not isinstance(config, ConfigDict) or known.keys() - config_lib.flatten(config).keys():
+            raise UserError(
+                "--config: get_config returns no whole config. Begin it with "
+                "csc_jax.config.default_config(), change fields and return that."
+            )
         config_checks.validate(config)
     except flags.Error as error:
         raise UserError(str(error)) from error

@@ -159,6 +159,16 @@ def test_a_file_that_is_no_config_is_explained(content, answer, command, tmp_pat
     assert re.search(f"^error: --config={file} is no config: {answer}", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("value", ["None", "3", "ConfigDict({'seed': 1})"])
+def test_a_config_that_is_not_whole_is_explained(value, tmp_path, capsys):
+    file = tmp_path / "own.py"
+    file.write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return {value}\n"
+    )
+    assert run("train", f"--config={file}", "--workdir=W") == 2
+    assert "get_config returns no whole config" in capsys.readouterr().err
+
+
 def completed(script: str, line: str) -> list[str]:
     """What bash offers at the end of a line; it takes "=" for a word of its own."""
     words = [word for word in re.split(r" |(=)", line) if word is not None]
