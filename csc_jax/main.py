@@ -147,6 +147,8 @@ def main(argv: Sequence[str]) -> int:
         if len(argv) < 2:
             print(command_help.screen(), file=sys.stderr)
             return UserError.exit_status
+        if argv[1] == "help":  # as of other programs
+            argv = [argv[0], *argv[2:], "--help"]
         if argv[1] in commands.NAMES:
             return commands.run(argv[1], argv[2:])
         argv = _with_mode(argv)

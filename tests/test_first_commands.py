@@ -33,10 +33,10 @@ def run(*arguments: str) -> int:
 
 
 def test_help_fits_a_screen_and_has_each_mode_and_config(capsys):
-    for arguments in (["--help"], ["-h"], ["--config=configs/camvid.py", "--help"]):
+    for arguments in (["--help"], ["-h"], ["help"], ["--config=configs/camvid.py", "--help"]):
         assert run(*arguments) == 0
     first, *others = capsys.readouterr().out.split("csc-jax trains")[1:]
-    assert others == [first] * 2
+    assert others == [first] * 3
     lines = f"csc-jax trains{first}".splitlines()
     assert len(lines) <= 22  # of 24: the command itself and the next prompt
     assert max(len(line) for line in lines if str(ROOT) not in line) <= 80
@@ -53,8 +53,9 @@ def test_help_fits_a_screen_and_has_each_mode_and_config(capsys):
 def test_a_mode_says_what_it_takes(mode, capsys):
     assert run(mode, "--help") == 0
     printed = capsys.readouterr().out
-    assert run("-h", f"--mode={mode}") == 0
-    assert capsys.readouterr().out == printed
+    for arguments in (["-h", f"--mode={mode}"], ["help", mode]):
+        assert run(*arguments) == 0
+        assert capsys.readouterr().out == printed
     lines = printed.splitlines()
     assert len(lines) <= 22
     assert max(map(len, lines)) <= 80
