@@ -35,6 +35,7 @@ class WithoutBatchNorm(nn.Module):
     """Two convolutions, of which each image has its own result."""
 
     num_classes: int
+    bands: int = 3
 
     def logits_size(self, size):
         return size // 4
