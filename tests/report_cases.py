@@ -41,7 +41,10 @@ def made_up_run(workdir: Path, names: tuple[str, ...], seed: int = 0, **fields: 
     writers.metrics_path(workdir).write_text("".join(json.dumps(r) + "\n" for r in records))
     counts = {"pixels": dict(zip(names, map(int, rng.integers(0, 9999, len(names))), strict=True))}
     counts |= {"images": {name: i for i, name in enumerate(names)}, "ignored_pixels": 7}
-    census = {split: counts | {"labeled_images": 12, "values": {}} for split in ("train", "val")}
+    census = {
+        split: counts | {"labeled_images": 12, "values": {}, "largest_image": [48, 64]}
+        for split in ("train", "val")
+    }
     (workdir / "data.json").write_text(json.dumps({"data": "folder"} | census))
     versions = {"csc_jax": "0.2.0", "jax": "0.10.2", "Python": "3.11.7"}
     command = ["--config=folder", f"--workdir={workdir}", "--config.train.steps=400"]

@@ -228,7 +228,8 @@ def test_labelled_images_of_nothing_but_ignored_pixels_are_refused(tmp_path):
 def test_data_json_holds_the_census(tmp_path):
     folder_tree(tmp_path / "root")
     dataset = data.load(folder_config(tmp_path).data)
-    kept = json.loads(json.dumps(census.as_json(dataset.census, dataset.class_names)))
+    sizes = {split: source.max_size for split, source in dataset.sources.items()}
+    kept = json.loads(json.dumps(census.as_json(dataset.census, dataset.class_names, sizes)))
     assert kept["train"]["labeled_images"] == 8
     assert list(kept["val"]["pixels"]) == ["ground", "wide road", "sky"]
     total = sum(kept["val"]["pixels"].values()) + kept["val"]["ignored_pixels"]

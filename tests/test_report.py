@@ -408,12 +408,14 @@ def test_the_census_is_shown_where_there_is_one(copy):
     stored["val"] |= {"ignored_pixels": 0, "values": {}}
     page = Page(report.page(copy))  # as the training has left it
     assert "Labels: 16 of train, 6 of val." in page.text
+    assert re.search(r"Largest images \(height x width\): \d+ x \d+ px in train", page.text)
     (copy / "data.json").unlink()
     assert "Labels: " not in Page(report.page(copy)).text
     (copy / "data.json").write_text(json.dumps(stored))
     page = Page(report.page(copy))
     assert "sky 75.00 12" in page.text
     assert "Labels: 16 of train. Shares" in page.text
+    assert "Largest" not in page.text  # a version before has kept no sizes
     assert "0.89 % of the pixels of train are to be ignored" in page.text
     assert "No train label holds building, road, pavement, tree, pedestrian; 2 of 7" in page.text
 

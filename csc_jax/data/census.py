@@ -195,11 +195,22 @@ def table(census: Mapping[str, Counts], class_names: Sequence[str]) -> str:
     return "\n".join([*lines, f"{'to ignore':<{width}}{ignored}".rstrip()])
 
 
-def as_json(census: Mapping[str, Counts], class_names: Sequence[str]) -> dict[str, Any]:
-    """Returns the census as W/data.json has it."""
+def as_json(
+    census: Mapping[str, Counts],
+    class_names: Sequence[str],
+    largest: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
+    """Returns the census as W/data.json has it.
+
+    Args:
+      census: of each split.
+      class_names: C names.
+      largest: (height, width) px of each split, each the largest of its images.
+    """
     return {
         split: {
             "labeled_images": counts.labeled,
+            "largest_image": list(largest[split]),
             "pixels": dict(zip(class_names, counts.pixels, strict=True)),
             "images": dict(zip(class_names, counts.images, strict=True)),
             "ignored_pixels": counts.ignored,

@@ -304,7 +304,8 @@ def _census(run: Run) -> dict[str, Any] | None:
         }
         for i, name in enumerate(run.counted)
     ]
-    return {"splits": splits, "rows": rows}
+    sizes = [f"{h} x {w} px in {split}" for split, (h, w) in run.largest.items()]
+    return {"splits": splits, "rows": rows, "largest": ", ".join(sizes)}
 
 
 def _warnings(run: Run) -> list[str]:

@@ -49,6 +49,7 @@ class Run:
       splits: "labeled" and "unlabeled" -> ids, as far as they were kept.
       census: of each split, from `data.json`; {} where there is none.
       counted: names of the classes of the census.
+      largest: (height, width) px of each split, each the largest of its images, as far as known.
     """
 
     workdir: Path
@@ -59,6 +60,7 @@ class Run:
     splits: Mapping[str, tuple[str, ...]]
     census: Mapping[str, Counts]
     counted: tuple[str, ...]
+    largest: Mapping[str, tuple[int, int]]
 
     @property
     def method(self) -> str:
@@ -130,7 +132,7 @@ def read_run(workdir: Path) -> Run:
         raise UserError(
             f"{path} cannot be read ({error}). Give the --workdir of a training run."
         ) from error
-    counted, census = _census(workdir / "data.json")
+    counted, census, largest = _census(workdir / "data.json")
     try:
         records = [_numbers(record) for record in read_metrics(workdir)]
     except OSError:
@@ -144,6 +146,7 @@ def read_run(workdir: Path) -> Run:
         {name: _ids(workdir / "splits" / f"{name}.txt") for name in ("labeled", "unlabeled")},
         census,
         counted,
+        largest,
     )
 
 
@@ -202,15 +205,21 @@ def _numbers(record: Any) -> dict[str, Any]:
     }
 
 
-def _census(path: Path) -> tuple[tuple[str, ...], dict[str, Counts]]:
-    """Returns the names of the classes and the census of each split, as `census.as_json` has it."""
+_Census = tuple[tuple[str, ...], dict[str, Counts], dict[str, tuple[int, int]]]
+
+
+def _census(path: Path) -> _Census:
+    """Returns what `census.as_json` keeps: names of the classes, counts and largest image by split.
+
+    The runs of older versions have no largest image.
+    """
     try:
         if path.stat().st_size > _MOST_BYTES:
-            return (), {}
+            return (), {}, {}
         stored = json.loads(path.read_text(encoding="utf-8"))
         splits = {str(split): c for split, c in stored.items() if isinstance(c, dict)}
         names = tuple(next(iter(splits.values()))["pixels"])
-        return names, {
+        counted = {
             split: Counts(
                 labeled=_count(counts["labeled_images"]),
                 pixels=tuple(_count(counts["pixels"][name]) for name in names),
@@ -220,8 +229,14 @@ def _census(path: Path) -> tuple[tuple[str, ...], dict[str, Counts]]:
             )
             for split, counts in splits.items()
         }
+        largest = {}
+        for split, counts in splits.items():
+            if "largest_image" in counts:
+                height, width = map(_count, counts["largest_image"])
+                largest[split] = height, width
+        return names, counted, largest
     except (OSError, LookupError, ArithmeticError, StopIteration, *_NOT_OURS):
-        return (), {}
+        return (), {}, {}
 
 
 def _count(value: Any) -> int:

@@ -317,7 +317,9 @@ def describe(experiment: Experiment) -> dict[str, Any]:
 def _write_what_is_run(
     run: dict[str, Any], dataset: data.Dataset, partition: data.Partition, workdir: Path
 ) -> None:
-    counted = {"data": dataset.name} | census.as_json(dataset.census, dataset.class_names)
+    largest = {split: source.max_size for split, source in dataset.sources.items()}
+    counted = census.as_json(dataset.census, dataset.class_names, largest)
+    counted = {"data": dataset.name} | counted
     try:
         data.write_partition(partition, workdir)
         (workdir / "config.json").write_text(json.dumps(run["config"], indent=1) + "\n")
