@@ -124,7 +124,7 @@ def assert_close(expected, found):
 
 
 def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "build", lambda config, classes, aux_head: ToyNetwork(classes))
+    monkeypatch.setattr(models, "build", lambda config, classes, **_: ToyNetwork(classes))
     (tmp_path / "config.py").write_text(CONFIG)
     config = runpy.run_path(str(tmp_path / "config.py"))["get_config"]()
     train(config, tmp_path / "alone")
@@ -159,7 +159,7 @@ def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path, monkey
 
 
 def test_two_processes_measure_what_one_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "build", lambda config, classes, aux_head: ToyNetwork(classes))
+    monkeypatch.setattr(models, "build", lambda config, classes, **_: ToyNetwork(classes))
     changed = CONFIG.replace("train__steps=4", "train__steps=1, train__report=True")
     (tmp_path / "config.py").write_text(changed)
     train(runpy.run_path(str(tmp_path / "config.py"))["get_config"](), tmp_path / "alone")

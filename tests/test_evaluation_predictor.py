@@ -295,7 +295,7 @@ def test_an_experiment_scores_the_logits_of_its_network(stem):
 
 def test_eval_batches_grow_to_the_devices_and_score_the_same(monkeypatch, tmp_path):
     """batch.eval = 1, as in the recipes for images of many sizes, on eight devices."""
-    monkeypatch.setattr(models, "build", lambda config, classes, aux_head: ToyNetwork(classes))
+    monkeypatch.setattr(models, "build", lambda config, classes, **_: ToyNetwork(classes))
     scores = {}
     for devices in (1, 8):
         config = tiny_config(
