@@ -245,7 +245,7 @@ def test_a_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
         assert config_files.find(value) == shipped
     assert config_files.find("camvid:text") == f"{shipped}:text"
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "camvid.py").touch()
+    (tmp_path / "configs" / "camvid.py").write_text("def get_config(): ...")
     assert config_files.find("configs/camvid.py") == "configs/camvid.py"  # a file goes first
     assert config_files.find("camvid") == shipped
     (tmp_path / "cityscapes").mkdir()  # such as one with the data
@@ -264,7 +264,7 @@ def test_an_unknown_config_is_answered_with_the_names(value, tmp_path, monkeypat
 
 def test_a_config_that_cannot_be_loaded_is_named(tmp_path, capsys):
     path = tmp_path / "own.py"
-    path.write_text("open('a file that is not there')")
+    path.write_text("def get_config(): ...\nopen('a file that is not there')")
     assert run(f"--config={path}", "--workdir=x") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --config cannot be read.")
