@@ -373,6 +373,9 @@ def parse(argv: Sequence[str]) -> ConfigDict:
     try:
         flags.FLAGS(arguments)
         config = _CONFIG.value
+        getattr(
+            config, "seed", None
+        )  # ml-collections keeps a failure to load until a field is read
         if not isinstance(config, ConfigDict) or known.keys() - config_lib.flatten(config).keys():
             raise UserError(
                 "--config: get_config returns no whole config. Begin it with "
@@ -381,7 +384,7 @@ def parse(argv: Sequence[str]) -> ConfigDict:
         config_checks.validate(config)
     except flags.Error as error:
         raise UserError(str(error)) from error
-    except OSError as error:  # ml-collections keeps a failure to load until the value is asked for
+    except OSError as error:
         raise UserError(f"--config cannot be read. {error}") from error
     except TypeError as error:
         raise UserError(f"A value on the command line has the wrong type: {error}") from error

@@ -197,8 +197,10 @@ def poisoned(labels_limit):
     """Cross entropy that is NaN on batches whose first label says so."""
     clean = losses.cross_entropy
 
-    def cross_entropy(scores, labels):
-        return clean(scores, labels) * jnp.where(labels[0, 0, 0] >= labels_limit, jnp.nan, 1.0)
+    def cross_entropy(scores, labels, **options):
+        return clean(scores, labels, **options) * jnp.where(
+            labels[0, 0, 0] >= labels_limit, jnp.nan, 1.0
+        )
 
     return cross_entropy
 
