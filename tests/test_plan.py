@@ -255,7 +255,7 @@ def v5e():
 
 
 def toy_config(monkeypatch, **overrides):
-    monkeypatch.setattr(models, "build", lambda config, classes, aux_head: ToyNetwork(classes))
+    monkeypatch.setattr(models, "build", lambda config, classes, **_: ToyNetwork(classes))
     return tiny_config(parallel__devices=0, model__projection_dim=4, **overrides)
 
 
