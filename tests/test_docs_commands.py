@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from absl.testing import flagsaver
 
-from csc_jax import command_help, commands, main
+from csc_jax import command_help, command_line, commands, main
 from csc_jax import config as config_lib
 from csc_jax.commands import demo
 
@@ -119,7 +119,7 @@ def parse_command(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) ->
 
         return parse_and_stop
 
-    for owner, name in ((argparse.ArgumentParser, "parse_args"), (main, "parse")):
+    for owner, name in ((argparse.ArgumentParser, "parse_args"), (command_line, "parse")):
         monkeypatch.setattr(owner, name, stop_after(getattr(owner, name)))
     with flagsaver.flagsaver(), pytest.raises(Parsed):
         run()

@@ -17,7 +17,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import csc_jax
-from csc_jax import command_help, commands, main
+from csc_jax import command_help, command_line, commands, main
 from csc_jax import config as config_lib
 from csc_jax.config import files as config_files
 from csc_jax.errors import UserError
@@ -62,9 +62,9 @@ def test_a_mode_says_what_it_takes(mode, capsys):
     assert f"  csc-jax {mode} {command_help.EXAMPLES[mode]}" in lines
     listed = re.findall(r"^  --(\w+)(=?) +\w", printed, re.MULTILINE)
     assert ("config", "=") in listed
-    for flag in flags.FLAGS.get_flags_for_module(main.__name__):
+    for flag in flags.FLAGS.get_flags_for_module(command_line.__name__):
         said = re.search(rf"\b{mode}\b[\w, ]*: ", flag.help)
-        if said or flag.name in main._REQUIRED[mode]:
+        if said or flag.name in command_line.REQUIRED[mode]:
             assert (flag.name, "" if flag.boolean else "=") in listed
     assert len(listed) == len(set(listed))
 
@@ -81,11 +81,11 @@ def test_a_command_says_what_it_takes(name, capsys, monkeypatch):
 
 def test_a_mode_by_its_name_is_that_mode(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(main, "dispatch", lambda config: seen.append(main._MODE.value))
-    required = {name: "v5e:4x4" for needed in main._REQUIRED.values() for name in needed}
+    monkeypatch.setattr(main, "dispatch", lambda config: seen.append(command_line.MODE.value))
+    required = {name: "v5e:4x4" for needed in command_line.REQUIRED.values() for name in needed}
     required["format"] = "bundle"
     for mode in MODES:
-        given = [f"--{name}={required[name]}" for name in main._REQUIRED[mode]]
+        given = [f"--{name}={required[name]}" for name in command_line.REQUIRED[mode]]
         assert run(mode, "--config=synthetic", *given) == 0
         assert run("--config=synthetic", f"--mode={mode}", *given) == 0
     assert seen == [mode for mode in MODES for _ in range(2)]

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
 from tiny import tiny_config
 
-from csc_jax import main, output, paths, text
+from csc_jax import compilation_cache, main, output, paths, text
 from csc_jax.errors import UserError
 from csc_jax.training.loop import train
 
@@ -48,7 +49,8 @@ def test_messages_and_errors_are_escaped(capsys, monkeypatch):
     main.log_to_terminal()
     logging.getLogger("csc_jax").warning("class %s", "\x1b[31mred")
     assert capsys.readouterr().out == "class \\x1b[31mred\n"
-    assert main.main(["csc-jax", "--config=\x1b[2J\u202e"]) == 2
+    with flagsaver.flagsaver():
+        assert main.main(["csc-jax", "--config=\x1b[2J\u202e"]) == 2
     shown = capsys.readouterr().err
     assert r"\x1b[2J\u202e" in shown
     assert "\x1b" not in shown
@@ -146,7 +148,7 @@ def test_no_home_costs_the_cache_of_programs_alone(monkeypatch, caplog):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    main.use_compilation_cache()
+    compilation_cache.use()
     assert "Compiled programs are not kept" in caplog.text
 
 
@@ -155,7 +157,8 @@ def test_a_file_that_nobody_has_explained_ends_without_traceback(monkeypatch, ca
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path / "x\x1b"))
 
     monkeypatch.setattr(main, "dispatch", fail)
-    status = main.main(["csc-jax", "--config=synthetic", f"--workdir={tmp_path}"])
+    with flagsaver.flagsaver():
+        status = main.main(["csc-jax", "--config=synthetic", f"--workdir={tmp_path}"])
     shown = capsys.readouterr().err
     assert status == 2
     assert shown.startswith(f"error: {tmp_path}/x\\x1b: Input/output error. ")

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from csc_jax import main as command_line
+from csc_jax import compilation_cache
 from csc_jax.commands import at_least_one
 from csc_jax.config import files as config_files
 from csc_jax.methods import available
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     steps = options.steps or _config().train.steps
     print(_INTRODUCTION.format(methods=", then ".join(options.methods), steps=steps))
-    command_line.use_compilation_cache()
+    compilation_cache.use()
     miou: dict[str, list[float]] = {method: [] for method in options.methods}
     started = time.perf_counter()
     for seed in range(options.seeds):

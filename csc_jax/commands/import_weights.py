@@ -17,9 +17,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from csc_jax import command_line, data
 from csc_jax import config as config_lib
-from csc_jax import data
-from csc_jax import main as command_line
 from csc_jax.config import bands
 from csc_jax.errors import UserError
 from csc_jax.models.weight_files import locate, read_weights

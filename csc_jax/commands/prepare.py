@@ -10,7 +10,7 @@ that was cut off goes on where it stopped.
 
 from collections.abc import Sequence
 
-from csc_jax import command_help
+from csc_jax import command_help, command_line
 from csc_jax.text import name
 
 
@@ -20,10 +20,9 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0
     from csc_jax import data
-    from csc_jax.main import parse
     from csc_jax.training.choice import fill_open
 
-    config = parse(["csc-jax", *arguments])
+    config = command_line.parse(["csc-jax", *arguments])
     dataset = data.load(config.data)
     lists = data.partition(config.data, dataset, config.seed)
     fill_open(config, dataset, lists, before=None)  # which says what a run would have
