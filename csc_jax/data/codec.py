@@ -52,7 +52,7 @@ class Photo(NamedTuple):
     """An image of the user's.
 
     Attributes:
-      pixels: (H, W, 3) uint8 RGB, or (H, W, K) of its own values (`bands.decode`), upright.
+      pixels: (H, W, 3) uint8 RGB, or (H, W, K) of its own values (`raster.decode`), upright.
       as_stored: whether `decode_image` makes the same of the file's own bytes.
       turned: whether an EXIF orientation was applied.
     """
