@@ -293,7 +293,9 @@ def mix(mask: Array, x: Array) -> Array:
 
 
 def nearest(x: Array, size: tuple[int, int]) -> Array:
-    """Samples labels or masks (B, H, W) down to (B, h, w), nearest neighbour as in the lineage."""
+    """Samples (B, H, W, ...) down to (B, h, w, ...), nearest neighbour as in the lineage."""
+    if size == x.shape[1:3]:
+        return x
     rows = (jnp.arange(size[0]) * x.shape[1]) // size[0]
     columns = (jnp.arange(size[1]) * x.shape[2]) // size[1]
     return x[:, rows][:, :, columns]

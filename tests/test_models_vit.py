@@ -194,6 +194,17 @@ def test_images_of_any_size_are_resized_to_whole_patches(variables):
     np.testing.assert_allclose(run(image), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [2, 8])
+def test_a_stride_of_the_projection_skips_pixels_of_it_and_of_nothing_else(
+    variables, image, stride
+):
+    every = TINY.apply(variables, image, train=False)
+    some = TINY.clone(projection_stride=stride).apply(variables, image, train=False)
+    np.testing.assert_array_equal(some.logits, every.logits)
+    assert some.projection.shape == (2, 16 // stride, 24 // stride, 6)
+    np.testing.assert_allclose(some.projection, every.projection[:, ::stride, ::stride], atol=1e-6)
+
+
 def test_bfloat16_computes_with_float32_parameters_and_outputs(variables, image):
     network = TINY.clone(dtype=jnp.bfloat16)
 

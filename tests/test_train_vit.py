@@ -9,7 +9,7 @@ from tiny import Harness, tiny_config
 from csc_jax import methods, models
 from csc_jax.errors import UserError
 from csc_jax.evaluation import make_predictor
-from csc_jax.methods import unimatch_v2
+from csc_jax.methods import csc, u2pl, unimatch_v2
 from csc_jax.training.checkpoint import Checkpointer
 from csc_jax.training.experiment import build
 from csc_jax.training.step import abstract_state
@@ -38,6 +38,51 @@ def test_every_method_has_a_step_on_a_transformer(method):
     assert next(shapes) == next(shapes)
     assert state.student.batch_stats == {}
     assert "loss_s" in metrics
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method__name": "csc"},
+        {"method__name": "csc", "contrast__bank_source": "teacher"},
+        {"method__name": "unimatch_v2", "method__contrast": "csc"},
+        {"method__name": "u2pl"},
+    ],
+    ids=lambda fields: "-".join(fields.values()),
+)
+def test_a_coarser_projection_leaves_each_feature_its_pixel(fields, monkeypatch):
+    """What the contrastive losses see is that of a whole projection, each second pixel of it."""
+    seen = []
+
+    def look(method, *arguments):
+        seen.append([x for x in arguments if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)])
+        raise StopIteration
+
+    monkeypatch.setattr(
+        csc.CSC, "_sample", lambda self, key, pixels: look(self, *vars(pixels).values())
+    )
+    monkeypatch.setattr(u2pl.U2PL, "_candidates", look)
+    for stride in (1, 2):
+        built = Harness(vit_config(model__projection_stride=stride, **fields))
+        state, batch = built.init(), built.batch(0)
+        with pytest.raises(StopIteration):
+            built.method.loss(state.trained, state, batch, jax.random.key(0))
+    for whole, coarse in zip(*seen, strict=True):
+        np.testing.assert_allclose(coarse, whole[:, ::2, ::2], rtol=1e-3, atol=1e-5)
+
+
+def test_u2pl_has_a_feature_for_each_candidate_of_a_coarser_projection(monkeypatch):
+    sizes = []
+
+    def look(self, key, student, teacher, candidates, queues):
+        sizes.append({x.shape[0] for x in (student, teacher, candidates.anchors.T)})
+        return jnp.zeros(()), queues
+
+    monkeypatch.setattr(u2pl.U2PL, "_contrast", look)
+    built = Harness(vit_config(method__name="u2pl", model__projection_stride=2))
+    state = jax.eval_shape(built.init)
+    jax.eval_shape(built.method.loss, state.trained, state, built.batch(0), jax.random.key(0))
+    assert sizes == [{4 * 16 * 16}]
 
 
 def test_steps_on_several_devices_and_from_a_checkpoint(tmp_path):
@@ -181,6 +226,13 @@ def test_what_a_transformer_lacks_is_refused():
         experiment(loss__aux_weight=0.4)
     with pytest.raises(UserError, match=r"model\.backbone is 'vit_tinny'.*Did you mean 'vit_tiny'"):
         experiment(model__backbone="vit_tinny")
+
+
+def test_a_stride_that_a_network_cannot_have_is_refused():
+    with pytest.raises(UserError, match=r"projection_stride is 3; it takes one of 1, 2, 4, 8"):
+        experiment(model__projection_stride=3)
+    with pytest.raises(UserError, match=r"projection_stride is 2, but .*'resnet10'.* Set --config"):
+        experiment(model__projection_stride=2, model__backbone="resnet10")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ Batch = dict[str, dict[str, Array]]
 
 
 class Pixels(struct.PyTreeNode):
-    """What a contrastive module on top of a method needs, at the size of the logits.
+    """What a contrastive module on top of a method needs, at the size of the projection.
 
     Labelled and unlabelled images in the order of `shared.join`.
     """

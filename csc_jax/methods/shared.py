@@ -140,11 +140,13 @@ def pixels(student: Outputs, bank_features: Array, labels: Array) -> Pixels:
       bank_features: (B, h, w, D), see `bank_features`.
       labels: (B, H, W) int ground truth and pseudo-labels of the images as the student saw them.
     """
+    features = projection(student)
+    logits = augment.nearest(student.logits, size_of(features))
     return Pixels(
-        features=_projection(student),
+        features=features,
         bank_features=bank_features,
-        labels=augment.nearest(labels.astype(jnp.int32), size_of(student.logits)),
-        predictions=jnp.argmax(student.logits, axis=-1).astype(jnp.int32),
+        labels=augment.nearest(labels.astype(jnp.int32), size_of(features)),
+        predictions=jnp.argmax(logits, axis=-1).astype(jnp.int32),
     )
 
 
@@ -170,9 +172,9 @@ def bank_features(
       mask: (Bu, H, W) bool of CutMix, None without it.
     """
     if task.config.contrast.bank_source == "student":
-        return jax.lax.stop_gradient(_projection(student))
+        return jax.lax.stop_gradient(projection(student))
     images = labeled if unlabeled is None else join(labeled, unlabeled)
-    features = _projection(task.eval_forward(state.teacher, images, projection=True))
+    features = projection(task.eval_forward(state.teacher, images, projection=True))
     if unlabeled is None or mask is None:
         return features
     features_l, features_u = split(features, labeled, unlabeled)
@@ -197,7 +199,7 @@ def pseudo_label_metrics(pseudo: Array, inside: Array, truth: Array) -> dict[str
     return {"kept_fraction": kept_fraction, "pseudo_label_accuracy": accuracy}
 
 
-def _projection(outputs: Outputs) -> Array:
-    """(B, h, w, D) of a network that was asked for it."""
+def projection(outputs: Outputs) -> Array:
+    """Returns the projection (B, h, w, D) of a network that was asked for it."""
     assert outputs.projection is not None
     return outputs.projection

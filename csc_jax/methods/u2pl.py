@@ -29,7 +29,7 @@ from csc_jax import augment, losses
 from csc_jax.contrast import devices
 from csc_jax.methods import shared
 from csc_jax.methods.base import Batch, LossOutputs, Method
-from csc_jax.models import Outputs, resize_aligned
+from csc_jax.models import resize_aligned
 from csc_jax.parallel import order_statistics
 from csc_jax.state import TrainState
 
@@ -99,19 +99,20 @@ class U2PL(Method):
         loss_u = losses.reweighted_cross_entropy(resize_aligned(of_strong.logits, size), reliable)
 
         alpha = config.u2pl.low_entropy * (1.0 - progress)
-        small = shared.size_of(student.logits)
+        small = shared.size_of(shared.projection(student))
         low, high = (augment.nearest(m, small) for m in by_entropy(teacher_u, pseudo_mixed, alpha))
         labels_l = augment.nearest(labeled["label"].astype(jnp.int32), small)
         labels_u = augment.nearest(pseudo_mixed, small)
-        candidates = self._candidates(jax.nn.softmax(teacher.logits), labels_l, labels_u, low, high)
+        probabilities = jax.nn.softmax(augment.nearest(teacher.logits, small))
+        candidates = self._candidates(probabilities, labels_l, labels_u, low, high)
         active = state.step >= config.supervised_only
         loss_c, queues = jax.lax.cond(
             active,
             self._contrast,
             lambda key, student, teacher, candidates, queues: (jnp.zeros(()), queues),
             sample_key,
-            _flat(student).astype(jnp.float32),
-            _flat(teacher),
+            _flat(shared.projection(student)).astype(jnp.float32),
+            _flat(shared.projection(teacher)),
             candidates,
             state.method_state,
         )
@@ -279,10 +280,9 @@ def enqueue(queues: Queues, features: Array, chosen: Array, sizes: list[int]) ->
     return queues.replace(features=filled, cursor=cursor, count=count)
 
 
-def _flat(outputs: Outputs) -> Array:
-    """(N, D) features of a batch, in the compute dtype."""
-    assert outputs.projection is not None
-    return outputs.projection.reshape(-1, outputs.projection.shape[-1])
+def _flat(features: Array) -> Array:
+    """(B, h, w, D) to (B h w, D)."""
+    return features.reshape(-1, features.shape[-1])
 
 
 def _unit(x: Array) -> Array:

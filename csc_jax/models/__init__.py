@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from csc_jax.errors import UserError
 from csc_jax.models import backbones
 from csc_jax.models.deeplabv3plus import DeepLabV3Plus
-from csc_jax.models.dpt import DPT
+from csc_jax.models.dpt import DPT, UP
 from csc_jax.models.initialize import initialize
 from csc_jax.models.layers import Features, Outputs
 from csc_jax.models.resize import nearest_multiple, resize_aligned
@@ -68,6 +68,12 @@ def build(config: ConfigDict, num_classes: int, aux_head: bool, bands: int = 3) 
                 f"model.multi_grid is {config.multi_grid}, but the last stage of "
                 f"{config.backbone} has {blocks} blocks; give as many numbers, or () for none."
             )
+    if config.projection_stride != 1:
+        raise UserError(
+            f"model.projection_stride is {config.projection_stride}, but model.backbone is "
+            f"{config.backbone!r}: only the DPT head of a vision transformer has maps fine enough "
+            "for that. Set --config.model.projection_stride=1."
+        )
     return DeepLabV3Plus(
         num_classes=num_classes,
         backbone=config.backbone,
@@ -94,10 +100,13 @@ def _build_dpt(config: ConfigDict, num_classes: int, aux_head: bool, bands: int)
             "head is on the third stage of a convolutional network, and a transformer has no "
             "stages. Set --config.loss.aux_weight=0."
         )
+    strides = [stride for stride in range(1, UP + 1) if UP % stride == 0]  # maps divide by them
+    _check_choice("projection_stride", config.projection_stride, strides)
     return DPT(
         num_classes=num_classes,
         backbone=config.backbone,
         projection_dim=config.projection_dim,
+        projection_stride=config.projection_stride,
         dropout=config.dropout,
         drop_path=config.drop_path,
         dtype=jnp.dtype(config.dtype),

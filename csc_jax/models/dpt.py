@@ -16,7 +16,7 @@ from csc_jax.models.layers import Conv, Features, Outputs, draw_kernel, drop_map
 from csc_jax.models.resize import nearest_multiple, resize_aligned
 from csc_jax.models.vit import FORMS, ViT
 
-_UP = 8  # rows of the logits for one row of patches
+UP = 8  # rows of the logits for one row of patches
 
 # By the width of the transformer: channels of the head's maps, and of each level before (UniMatch
 # V2's code; vit_tiny's are in the same ratio).
@@ -41,6 +41,7 @@ class DPT(nn.Module):
     num_classes: int  # C
     backbone: str = "dinov2_small"  # a key of `vit.FORMS`
     projection_dim: int = 256  # D
+    projection_stride: int = 1  # of the projection, in pixels of the logits; a divisor of 8
     dropout: float = 0.0  # probability of a channel of the fused map, which both heads read
     drop_path: float = 0.0  # as in `ViT`
     dtype: Any = jnp.float32  # compute type; parameters are float32
@@ -61,7 +62,7 @@ class DPT(nn.Module):
     @property
     def encoded_scale(self) -> int:
         """How much finer the logits are than `Outputs.encoded`."""
-        return _UP
+        return UP
 
     def without_dropout(self) -> "DPT":
         """Returns the same network without any random choice."""
@@ -69,7 +70,7 @@ class DPT(nn.Module):
 
     def logits_size(self, size: Any) -> Any:
         """Returns the sides of the logits of images with sides `size`, int or int array, px."""
-        return nearest_multiple(size, self.patch) // self.patch * _UP
+        return nearest_multiple(size, self.patch) // self.patch * UP
 
     @nn.compact
     def __call__(
@@ -110,7 +111,9 @@ class DPT(nn.Module):
         fused = drop_maps(self.dropout, train)(fused)
 
         classify = Head(self.num_classes, channels, self.dtype, name="classifier")
-        project = Head(self.projection_dim, channels, self.dtype, name="projection")
+        project = Head(
+            self.projection_dim, channels, self.dtype, self.projection_stride, name="projection"
+        )
         return Outputs(
             logits=classify(fused).astype(jnp.float32),
             projection=project(fused) if projection else None,
@@ -192,14 +195,18 @@ class Residual(nn.Module):
 
 
 class Head(nn.Module):
-    """A 3x3 convolution with ReLU, then a 1x1: (B, h, w, K) -> (B, h, w, F), F being `features`."""
+    """A 3x3 convolution with ReLU, then a 1x1: (B, h, w, K) -> (B, h', w', F), F being `features`.
+
+    With a stride s it computes each s-th pixel of what it is without, h' = ceil(h / s).
+    """
 
     features: int
     width: int
     dtype: Any
+    stride: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         form = {"dtype": self.dtype, "together": True}
-        x = nn.relu(Conv(self.width, name="conv1", **form)(x))
+        x = nn.relu(Conv(self.width, stride=self.stride, name="conv1", **form)(x))
         return Conv(self.features, kernel_size=1, name="out", **form)(x)

@@ -28,7 +28,7 @@ class Outputs(NamedTuple):
 
     logits: jax.Array  # (B, h, w, C) float32
     # (B, h, w, D) in the compute dtype, not normalised, since few pixels of it are ever looked at;
-    # None where not asked for.
+    # with `model.projection_stride` s each s-th row and column of that. None where not asked for.
     projection: jax.Array | None
     # (B, h', w', C) float32 at the stride of `Features.middle`; None without that head.
     aux: jax.Array | None
