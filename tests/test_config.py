@@ -187,7 +187,7 @@ def test_the_command_trains_evaluates_and_predicts(tmp_path):
     _, config = load_config(ROOT / "configs" / "synthetic.py")
     options = {"train__steps": 2, "train__eval_every": 0}
     # The other processes do not know the backbone of the tests.
-    tiny = tiny_config(tmp_path, model__backbone="resnet18", **options)
+    tiny = tiny_config(tmp_path, model__backbone="vit_tiny", **options)
     small = config_lib.flatten(tiny)
     full = config_lib.flatten(config)
     overrides = [
