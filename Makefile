@@ -30,7 +30,7 @@ demo: $(READY)  ## Train supervised and CSC on drawn street scenes and compare t
 	$(VENV)/bin/csc-jax demo --workdir=runs/demo $(ARGS)
 
 test: $(READY)  ## Run the tests
-	$(RUN) pytest -n 2 $(ARGS)
+	$(RUN) pytest -n 2 --dist loadfile $(ARGS)
 
 parity:  ## Run the tests that compare with PyTorch, timm, transformers and the Cityscapes evaluator
 	@$(MAKE) --no-print-directory $(PARITY)/.ready VENV=$(PARITY) \
