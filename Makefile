@@ -29,8 +29,8 @@ help:  ## Print this list
 demo: $(READY)  ## Train supervised and CSC on drawn street scenes and compare them (5 minutes)
 	$(VENV)/bin/csc-jax demo --workdir=runs/demo $(ARGS)
 
-test: $(READY)  ## Run the tests
-	$(RUN) pytest -n 2 --dist loadfile $(ARGS)
+test: $(READY)  ## Run the tests, but for the slow ones: ARGS="-m slow" runs those
+	$(RUN) pytest -n 2 -m "not slow" $(ARGS)
 
 parity:  ## Run the tests that compare with PyTorch, timm, transformers and the Cityscapes evaluator
 	@$(MAKE) --no-print-directory $(PARITY)/.ready VENV=$(PARITY) \

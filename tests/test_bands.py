@@ -415,6 +415,7 @@ def run(tmp_path_factory):
     return folder, config
 
 
+@pytest.mark.slow
 def test_a_run_carries_what_it_measured(run, caplog):
     folder, config = run
     model = csc_jax.load(folder / "w")

@@ -179,6 +179,7 @@ def test_xla_keeps_beside_the_programs_which_kernels_it_found_fastest():
     assert "xla_gpu_per_fusion_autotune_cache_dir" in kept
 
 
+@pytest.mark.slow
 def test_the_command_trains_evaluates_and_predicts(tmp_path):
     """The one test of real processes: `python -m csc_jax.main` and the `csc-jax` command.
 

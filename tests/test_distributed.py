@@ -123,6 +123,7 @@ def assert_close(expected, found):
         )
 
 
+@pytest.mark.slow
 def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "build", lambda config, classes, **_: ToyNetwork(classes))
     (tmp_path / "config.py").write_text(CONFIG)
@@ -158,6 +159,7 @@ def test_two_processes_end_like_one_through_a_kill_and_a_signal(tmp_path, monkey
     assert files == {"curves.png", "panel_000003.png", "panel_000004.png"}
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "build", lambda config, classes, **_: ToyNetwork(classes))
     changed = CONFIG.replace("train__steps=4", "train__steps=1, train__report=True")

@@ -78,6 +78,7 @@ def config_of(tmp_path, **overrides):
     )
 
 
+@pytest.mark.slow
 def test_a_run_ends_early_and_one_that_was_stopped_at_the_same_step(
     tmp_path, falling, monkeypatch, caplog
 ):

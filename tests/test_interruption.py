@@ -32,6 +32,7 @@ from csc_jax.training.loop import train
 TORTURE = Path(__file__).parents[1] / "scripts" / "torture.py"
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_as_if_left_alone(tmp_path):
     command = [sys.executable, str(TORTURE), "--kills=3", f"--workdir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -43,6 +43,7 @@ def shrunk(name: str, folder: Path) -> ConfigDict:
     return c
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TREES)
 def test_from_downloaded_files_to_submission_files(name, tmp_path, capsys):
     TREES[name](tmp_path / "root")

@@ -35,7 +35,13 @@ def toy_config(**overrides):
 
 @pytest.mark.parametrize(
     ("method", "devices", "fsdp"),
-    [*((method, 4, 1) for method in METHODS), ("csc", 2, 1), ("csc", 8, 1), ("supervised", 4, 2)],
+    [
+        *((method, 4, 1) for method in METHODS),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (("csc", 2, 1), ("csc", 8, 1), ("supervised", 4, 2))
+        ),
+    ],
 )
 def test_devices_agree_and_a_run_continues(method, devices, fsdp, monkeypatch, tmp_path):
     """Three steps, a checkpoint, and the fourth step: from it, and on several devices."""

@@ -50,6 +50,7 @@ def test_no_output_is_kept():
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -134,6 +134,7 @@ def test_rows_change_fields_that_exist():
             assert changes["method.name"] in methods.available()
 
 
+@pytest.mark.slow
 def test_a_real_run_is_scored_and_continued(tmp_path):
     sizes = ["data.synthetic.train=16", "data.synthetic.val=4", "data.synthetic.size=32,32"]
     sizes += ["data.crop_size=32,32", "data.image_size=0,0", "model.backbone=resnet18"]

@@ -90,6 +90,7 @@ def test_evaluate_scores_the_student_too(whole):
     )
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_continues_with_the_very_next_batch(whole, folder, monkeypatch):
     config, reference, _ = whole
     workdir = folder / "cut"

@@ -105,6 +105,7 @@ for program in (jax.jit(harness.init).lower(), harness.lower()):
 """
 
 
+@pytest.mark.slow
 def test_programs_are_the_same_in_every_process():
     """Or the compilation cache would not know them: sets have another order in each process."""
     tests = Path(__file__).parent

@@ -43,9 +43,7 @@ def test_every_method_has_a_step_on_a_transformer(method):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"method__name": "csc"},
         {"method__name": "csc", "contrast__bank_source": "teacher"},
-        {"method__name": "unimatch_v2", "method__contrast": "csc"},
         {"method__name": "u2pl"},
     ],
     ids=lambda fields: "-".join(fields.values()),
@@ -85,6 +83,7 @@ def test_u2pl_has_a_feature_for_each_candidate_of_a_coarser_projection(monkeypat
     assert sizes == [{4 * 16 * 16}]
 
 
+@pytest.mark.slow
 def test_steps_on_several_devices_and_from_a_checkpoint(tmp_path):
     """As one device, with the encoder split over two; the next step from a checkpoint."""
     config = vit_config(
