@@ -228,7 +228,7 @@ def test_what_a_transformer_lacks_is_refused():
 
 
 def test_a_stride_that_a_network_cannot_have_is_refused():
-    with pytest.raises(UserError, match=r"projection_stride is 3; it takes one of 1, 2, 4, 8"):
+    with pytest.raises(UserError, match=r"projection_stride is 3"):
         experiment(model__projection_stride=3)
     with pytest.raises(UserError, match=r"projection_stride is 2, but .*'resnet10'.* Set --config"):
         experiment(model__projection_stride=2, model__backbone="resnet10")

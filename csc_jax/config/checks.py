@@ -19,6 +19,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.pascal_voc.pool": ("blender", "classic"),
     "data.ade20k.labels": ("auto", "official", "shifted"),
     "model.output_stride": (8, 16, 32),
+    "model.projection_stride": (1, 2, 4, 8),
     "model.dtype": ("float32", "bfloat16"),
     "method.contrast": ("none", "csc"),
     "method.unsupervised_mean": ("kept", "all"),

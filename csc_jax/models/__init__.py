@@ -143,7 +143,8 @@ def count_parameters(params: Any) -> int:
 
 def _check_choice(field: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(str(value), map(str, choices), n=1)
+        words = [choice for choice in choices if isinstance(choice, str)]
+        near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = ", ".join(map(repr, choices))
         raise UserError(f"model.{field} is {value!r}; it takes one of {known}.{hint}")
