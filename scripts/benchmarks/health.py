@@ -66,10 +66,10 @@ def run() -> None:
 
 
 def _bare_step(
-    method: Any, tx: optax.GradientTransformation, state: TrainState, batch: Batch
+    method: Any, tx: optax.GradientTransformation, seed: int, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """`train_step` without the norm of the gradient and without its way out."""
-    key = jax.random.fold_in(jax.random.key(method.task.config.seed), state.step)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
     loss_key, update_key = jax.random.split(key)
     trainable = method.trainable(state.trained)
 
@@ -95,7 +95,7 @@ def _candidate(function: Any, built: Experiment, batch: Any) -> Candidate:
     places = sharding.state_sharding(state, built.mesh)
     program = (
         jax.jit(
-            lambda state, batch: function(built.method, built.tx, state, batch),
+            lambda state, batch: function(built.method, built.tx, built.config.seed, state, batch),
             in_shardings=(places, sharding.batch_sharding(built.mesh)),
             out_shardings=(places, sharding.replicated(built.mesh)),
             donate_argnums=0,
