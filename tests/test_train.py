@@ -1,6 +1,7 @@
 """Whole runs: training, checkpoints, resuming, evaluation, prediction, on drawn scenes."""
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -212,6 +213,16 @@ def test_benchmark_of_the_module_prints_its_tables():
     rows = [line.split("  ")[0] for line in done.stdout.splitlines() if " ms " in line]
     assert rows[:2] == ["streamed (csc_jax.contrast)", "dense, JAX"]
     assert rows[-2:] == ["sampling", "bank update, both gates"]
+
+
+@pytest.mark.slow
+def test_benchmark_of_the_checks_and_checkpoints_prints_its_table():
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "health", "--repeats=1", "--saves=1"]
+    command.append("--method=supervised")
+    one_device = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(command, env=one_device, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Of the time of a step: checks" in done.stdout
 
 
 def test_the_projection_head_costs_nothing_at_inference(folder):
