@@ -10,6 +10,7 @@ so a method may train several networks (`companions`), give each an optimizer of
 (`optimizers`) and keep arrays of its own (`method_state`).
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
@@ -154,7 +155,7 @@ class Task:
         return loss(logits) + (0.0 if aux is None else config.aux_weight * loss(aux))
 
 
-class Method:
+class Method(abc.ABC):
     """A row of the paper's tables. Subclasses are pure: all that changes is in the TrainState.
 
     Attributes:
@@ -207,6 +208,7 @@ class Method:
         config = self.task.config.optimizer
         return {name: make_optimizer(config, self.task.total_steps) for name in names}
 
+    @abc.abstractmethod
     def loss(
         self, params: dict[str, Any], state: TrainState, batch: Batch, key: Array
     ) -> tuple[Array, LossOutputs]:
@@ -220,7 +222,6 @@ class Method:
             metrics only.
           key: random key of this step.
         """
-        raise NotImplementedError(f"{type(self).__name__}.loss")
 
     def pseudo_labels(self, key: Array, state: TrainState, images: Array) -> Array | None:
         """Returns what the method would teach on unlabelled images, for the panels, or None.
