@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
 
     c.model.backbone = "dinov2_small"
     c.model.dropout = 0.0  # its head has none
-    c.model.projection_stride = 2  # a feature each 3.5 px, as the paper's map has one each 4
+    c.model.projection_stride = 2  # 3.5 px of the image, the paper's map 4 (decisions.md 16)
     c.model.dtype = "bfloat16"  # its code: automatic mixed precision
 
     c.method.name = "unimatch_v2"

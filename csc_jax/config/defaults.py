@@ -96,7 +96,7 @@ def default_config() -> ConfigDict:
         256  # DeepLabv3+: channels of an ASPP branch and of both heads (lineage)
     )
     c.model.projection_dim = 256  # D, width of a pixel's contrastive feature (paper, Sec. III-B)
-    c.model.projection_stride = 1  # DPT: 1 | 2 | 4 | 8 px of the logits from feature to feature
+    c.model.projection_stride = 1  # DPT: 1 | 2 | 4 | 8, px of the logits (decisions.md 16)
     c.model.dropout = 0.1  # probability, ASPP and heads (lineage); DPT: fused map, 0 in UniMatch V2
     c.model.drop_path = (
         0.0  # transformers: probability that the last block's branches skip an image

@@ -141,6 +141,7 @@ def pixels(student: Outputs, bank_features: Array, labels: Array) -> Pixels:
       labels: (B, H, W) int ground truth and pseudo-labels of the images as the student saw them.
     """
     features = projection(student)
+    # Where the projection skips pixels of the logits, the nearest ones are those that it has.
     logits = augment.nearest(student.logits, size_of(features))
     return Pixels(
         features=features,

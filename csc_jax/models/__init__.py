@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from csc_jax.errors import UserError
 from csc_jax.models import backbones
 from csc_jax.models.deeplabv3plus import DeepLabV3Plus
-from csc_jax.models.dpt import DPT, UP
+from csc_jax.models.dpt import DPT
 from csc_jax.models.initialize import initialize
 from csc_jax.models.layers import Features, Outputs
 from csc_jax.models.resize import nearest_multiple, resize_aligned
@@ -100,8 +100,7 @@ def _build_dpt(config: ConfigDict, num_classes: int, aux_head: bool, bands: int)
             "head is on the third stage of a convolutional network, and a transformer has no "
             "stages. Set --config.loss.aux_weight=0."
         )
-    strides = [stride for stride in range(1, UP + 1) if UP % stride == 0]  # maps divide by them
-    _check_choice("projection_stride", config.projection_stride, strides)
+    _check_choice("projection_stride", config.projection_stride, (1, 2, 4, 8))  # divide any map
     return DPT(
         num_classes=num_classes,
         backbone=config.backbone,

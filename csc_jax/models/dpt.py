@@ -16,7 +16,7 @@ from csc_jax.models.layers import Conv, Features, Outputs, draw_kernel, drop_map
 from csc_jax.models.resize import nearest_multiple, resize_aligned
 from csc_jax.models.vit import FORMS, ViT
 
-UP = 8  # rows of the logits for one row of patches
+_UP = 8  # rows of the logits for one row of patches
 
 # By the width of the transformer: channels of the head's maps, and of each level before (UniMatch
 # V2's code; vit_tiny's are in the same ratio).
@@ -62,7 +62,7 @@ class DPT(nn.Module):
     @property
     def encoded_scale(self) -> int:
         """How much finer the logits are than `Outputs.encoded`."""
-        return UP
+        return _UP
 
     def without_dropout(self) -> "DPT":
         """Returns the same network without any random choice."""
@@ -70,7 +70,7 @@ class DPT(nn.Module):
 
     def logits_size(self, size: Any) -> Any:
         """Returns the sides of the logits of images with sides `size`, int or int array, px."""
-        return nearest_multiple(size, self.patch) // self.patch * UP
+        return nearest_multiple(size, self.patch) // self.patch * _UP
 
     @nn.compact
     def __call__(
