@@ -10,7 +10,7 @@ import pytest
 from tiny import Harness, tiny_config
 from toy_network import toy_batch, toy_harness, toy_method
 
-from csc_jax import methods
+from csc_jax import methods, models
 from csc_jax.errors import UserError
 from csc_jax.methods import gct, shared
 from csc_jax.models.resize import resize_aligned
@@ -276,6 +276,19 @@ def test_a_panel_of_gct_shows_the_network_without_the_flaw(monkeypatch):
     # The detector is asked about each network's own output.
     assert np.any(seen[0] != seen[1])
     np.testing.assert_array_equal(seen[:2], seen[2:4])
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_labels_and_predictions_are_of_the_pixels_that_the_projection_has(stride):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 8, 12, 4)).astype(np.float32)
+    features = rng.normal(size=(2, 8, 12, 3)).astype(np.float32)[:, ::stride, ::stride]
+    labels = rng.integers(0, 4, (2, 16, 24))
+    outputs = models.Outputs(*map(jnp.asarray, (logits, features)), aux=None, encoded=None)
+    pixels = shared.pixels(outputs, outputs.projection, jnp.asarray(labels))
+    np.testing.assert_array_equal(pixels.features, features)
+    np.testing.assert_array_equal(pixels.labels, labels[:, :: 2 * stride, :: 2 * stride])
+    np.testing.assert_array_equal(pixels.predictions, logits.argmax(-1)[:, ::stride, ::stride])
 
 
 @pytest.mark.parametrize(
