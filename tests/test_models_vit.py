@@ -194,6 +194,20 @@ def test_images_of_any_size_are_resized_to_whole_patches(variables):
     np.testing.assert_allclose(run(image), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("platform", "remat", "looped"),
+    [("cpu", False, True), ("gpu", False, False), ("tpu", False, False), ("tpu", True, True)],
+)
+def test_blocks_are_a_loop_where_that_is_no_slower(
+    variables, image, monkeypatch, platform, remat, looped
+):
+    monkeypatch.setattr("csc_jax.contrast.devices.platform", lambda: platform)
+    network = TINY.clone(remat=remat)
+    traced = jax.make_jaxpr(lambda x: network.apply(variables, x, train=True).logits)(image)
+    unrolls = [eqn.params["unroll"] for eqn in traced.eqns if eqn.primitive.name == "scan"]
+    assert unrolls == [1 if looped else 4]
+
+
 @pytest.mark.parametrize("stride", [2, 8])
 def test_a_stride_of_the_projection_skips_pixels_of_it_and_of_nothing_else(
     variables, image, stride

@@ -80,11 +80,12 @@ class ViT(nn.Module):
         size = x.shape[1], x.shape[2]
         x = self._with_other_tokens(x)
         rates = jnp.linspace(0.0, self.drop_path, form.depth)
-        # One program for all blocks: with gradients, 12 blocks of 384 channels compiled in 12 s as
-        # a loop and in 69 s written out, on 2 busy CPU cores, and ran as fast (3.3 s and 3.7 s).
-        # On a GPU they are written out: for an H100 a step is planned with less memory and traffic
-        # for a fifth more time to compile (docs/performance.md). With remat the loop has to stay,
-        # as it keeps XLA from merging what is computed twice.
+        # One program for all blocks on a CPU: with gradients, 12 blocks of 384 channels compiled in
+        # 12 s as a loop and in 69 s written out, on 2 busy CPU cores, and ran as fast (3.3 s and
+        # 3.7 s). Elsewhere they are written out: a step is planned with less memory and traffic,
+        # for a TPU in half the time, and takes a third more time to compile at most
+        # (docs/performance.md). With remat the loop has to stay, as it keeps XLA from merging what
+        # is computed twice.
         block: Any = nn.remat(Block, prevent_cse=False) if self.remat else Block
         blocks: Any = nn.scan(
             block,
@@ -92,7 +93,7 @@ class ViT(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=form.depth,
-            unroll=1 if self.remat or devices.platform() != "gpu" else form.depth,
+            unroll=1 if self.remat or devices.platform() == "cpu" else form.depth,
         )
         dropping = train and self.drop_path > 0
         blocks = blocks(form, self.dtype, dropping, name="blocks")
